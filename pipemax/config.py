@@ -1,0 +1,95 @@
+"""`EngineConfig`: every setting of an engine in one frozen value.
+
+Read in composition roots only (`llm.py`, `cli.py`, `executor/`'s start). Components take the few values they need.
+Names are vLLM's where vLLM has the same thing.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class ConfigError(ValueError):
+    """The settings cannot work. The message names the setting and the fix; nothing has been started yet."""
+
+
+class LoadFormat(enum.StrEnum):
+    """AUTO reads safetensors or GGUF from the model folder; DUMMY draws random weights from `config.json` alone."""
+
+    AUTO = "auto"
+    DUMMY = "dummy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one pipeline.
+
+    model                        folder with config.json and safetensors, or a .gguf file
+    pipeline_parallel_size       stages; one process (and one GPU) each
+    num_batches                  batches in flight; default: one per stage
+    device                       "auto" | "cpu" | "cuda"
+    dtype                        "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16"
+    block_size                   tokens in a KV block
+    num_device_blocks            KV blocks on each device, window included; default: from memory
+    num_window_blocks            of those, blocks that serve as the window; default: an eighth, 0 without offloading
+    host_memory_gib              host memory for KV homes, all stages together; default: from what is free
+    max_num_seqs                 most rows in one step
+    max_num_batched_tokens       most new tokens in one prefill step
+    async_scheduling             plan a batch's next step before the tokens of its last one are known
+    threads_per_stage            CPU threads of a stage; default: cores divided by stages
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    pipeline_parallel_size: int = 1
+    num_batches: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    load_format: LoadFormat = LoadFormat.AUTO
+    trust_remote_code: bool = False
+    block_size: int = 16
+    num_device_blocks: int | None = None
+    num_window_blocks: int | None = None
+    host_memory_gib: float | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    async_scheduling: bool = True
+    threads_per_stage: int | None = None
+
+    def __post_init__(self) -> None:
+        def positive(name: str, *, minimum: int = 1, optional: bool = False) -> None:
+            value = getattr(self, name)
+            if value is None and optional:
+                return
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+        positive("pipeline_parallel_size")
+        positive("num_batches", optional=True)
+        positive("max_model_len", optional=True)
+        positive("block_size")
+        positive("num_device_blocks", minimum=2, optional=True)
+        positive("num_window_blocks", minimum=0, optional=True)
+        positive("max_num_seqs")
+        positive("max_num_batched_tokens")
+        positive("threads_per_stage", optional=True)
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.host_memory_gib is not None and not self.host_memory_gib > 0:
+            raise ConfigError(f"host_memory_gib must be above 0, got {self.host_memory_gib!r}")
+        if (
+            self.num_device_blocks is not None
+            and self.num_window_blocks is not None
+            and self.num_window_blocks >= self.num_device_blocks
+        ):
+            raise ConfigError(
+                f"num_window_blocks ({self.num_window_blocks}) must be below num_device_blocks "
+                f"({self.num_device_blocks}): the tail block of a live request stays outside the window"
+            )
+        object.__setattr__(self, "load_format", LoadFormat(self.load_format))
