@@ -44,6 +44,10 @@ class Phase(enum.StrEnum):
     COPY = "copy"
 
 
+NO_BATCH = -1
+"""`batch_id` of a step without rows: it belongs to no batch in flight."""
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """What an executor offers, in blocks; the same on every stage. Sizes come from here and nowhere else.

@@ -1,0 +1,55 @@
+"""`Engine`: the loop between scheduler and executor. It holds no policy and no clock.
+
+    while (plan := scheduler.schedule()): executor.submit(plan)
+    for result in executor.wait():        scheduler.update(result)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipemax.executor.base import Executor
+from pipemax.plan import StepResult, TokenLogprobs
+from pipemax.scheduling.request_state import RequestState, RequestUpdate
+from pipemax.scheduling.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class EngineUpdate:
+    """One request's news with the logprobs that came along."""
+
+    update: RequestUpdate
+    logprobs: TokenLogprobs | None
+
+
+class Engine:
+    """Drives one pipeline."""
+
+    def __init__(self, *, scheduler: Scheduler, executor: Executor) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+
+    def add_request(self, request: RequestState) -> None:
+        self.scheduler.add_request(request)
+
+    def finish_request(self, request_id: int) -> None:
+        self.scheduler.finish_request(request_id)
+
+    def step(self) -> list[EngineUpdate]:
+        """Submits all that can be planned and takes in what is done. Blocks for at least one result if any is out.
+
+        Raises ExecutorError when a stage has failed.
+        """
+        scheduler = self.scheduler
+        while (plan := scheduler.schedule()) is not None:
+            self.executor.submit(plan)
+        if not scheduler.num_plans_in_flight:
+            assert not scheduler.population.requests, "requests are left and nothing can be planned"
+            return []
+        return [update for result in self.executor.wait() for update in self._take(result)]
+
+    def _take(self, result: StepResult) -> list[EngineUpdate]:
+        logprobs = {}
+        if result.logprobs is not None:
+            logprobs = dict(zip(result.request_ids.tolist(), result.logprobs, strict=True))
+        return [EngineUpdate(u, logprobs.get(u.request_id)) for u in self.scheduler.update(result)]

@@ -1,0 +1,186 @@
+"""`KVManager`: the books of KV residency: home, resident, window, absent.
+
+What lives here: both block pools, every request's block table, the window, and the verbs that keep them consistent. What
+never does: which request deserves memory (`scheduling/`), bytes and copies (`worker/`).
+
+Two ways for a block to be on the device during a step: resident (its table names the slot) or in the window. Every block has
+a home from the start, so leaving the device is a drop. A copy home that plan k carries counts from plan k+1 on:
+
+    schedule(k)    compose write_home(k), stage step k+1, compose refill(k)     copies of k are "going home"
+    schedule(k+1)  commit_homes(): they are home; their slots may be dropped and refilled from now on
+
+which is what makes invariant 1 (no slot reused before its home copy is valid) hold without any talk with the workers: they
+keep the order of `plan.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipemax.kv.block_pool import BlockPool
+from pipemax.kv.block_table import ABSENT, BlockTable
+from pipemax.kv.window import BlockKey, Window
+from pipemax.plan import BlockCopies, Capacity, Int32Array
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Device slots of a step's rows, CSR, and the refill that puts them there."""
+
+    indptr: Int32Array
+    indices: Int32Array
+    refill: BlockCopies
+
+
+def _copies(pairs: Sequence[tuple[int, int]]) -> BlockCopies:
+    array = np.array(pairs, dtype=np.int32).reshape(-1, 2)
+    return BlockCopies(slots=array[:, 0].copy(), homes=array[:, 1].copy())
+
+
+class KVManager:
+    """Residency of every live request's KV. All counts are blocks."""
+
+    def __init__(self, *, capacity: Capacity) -> None:
+        assert capacity.num_window_blocks < capacity.num_device_blocks
+        self.block_size = capacity.block_size
+        self.device = BlockPool(capacity.num_device_blocks)
+        self.host = BlockPool(capacity.num_host_blocks)
+        self.window = Window([self.device.allocate() for _ in range(capacity.num_window_blocks)])
+        self._tables: dict[int, BlockTable] = {}
+        self._going_home: list[tuple[BlockTable, int, int]] = []  # table, block, tokens
+        self._home_copies: list[tuple[int, int]] = []  # slot, home of the plan being composed
+        self._busy_slots: set[int] = set()  # slots that the last plan writes home
+        self._deferred_slots: list[int] = []  # freed while busy
+        self._promoted: dict[BlockKey, int] = {}  # resident from the step being staged on; in its refill
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def table(self, request_id: int) -> BlockTable:
+        return self._tables[request_id]
+
+    def missing_blocks(self, request_id: int, num_tokens: int) -> int:
+        """Blocks to allocate before the request's KV can hold `num_tokens`."""
+        return max(0, self.blocks_for(num_tokens) - self._tables[request_id].num_blocks)
+
+    # -- life of a request ---------------------------------------------------------------------------------------------
+
+    def add(self, request_id: int) -> None:
+        assert request_id not in self._tables
+        self._tables[request_id] = BlockTable(block_size=self.block_size)
+
+    def grow(self, request_id: int, num_tokens: int) -> None:
+        """Allocates slots and homes up to `num_tokens`. The caller has made room in both pools."""
+        table = self._tables[request_id]
+        for _ in range(self.missing_blocks(request_id, num_tokens)):
+            table.append(slot=self.device.allocate(), home=self.host.allocate())
+
+    def release(self, request_id: int) -> None:
+        """The request is over (or starts anew): all its blocks are free.
+
+        Steps submitted earlier may still touch them; they run before any step that could use them again.
+        """
+        table = self._tables.pop(request_id)
+        for slot in table.slots.tolist():
+            if slot != ABSENT:
+                self._free_slot(slot)
+        for home in table.homes.tolist():
+            self.host.free(home)
+        self.window.forget(request_id)
+        self._going_home = [entry for entry in self._going_home if entry[0] is not table]
+
+    # -- going home ----------------------------------------------------------------------------------------------------
+
+    def commit_homes(self) -> None:
+        """Start of a new plan: what the last plan sends home is home for all that this plan does."""
+        assert not self._home_copies and not self._promoted, "the last plan was not taken"
+        for table, block, num_tokens in self._going_home:
+            table.home_tokens[block] = num_tokens
+        self._going_home.clear()
+        self._busy_slots.clear()
+        for slot in self._deferred_slots:
+            self.device.free(slot)
+        self._deferred_slots.clear()
+
+    def write_home(self, request_id: int, *, first_token: int, num_tokens: int, partial_too: bool) -> None:
+        """Sends home the blocks that tokens `[first_token, num_tokens)` filled, and the unfilled tail if asked.
+
+        A block whose home copy is complete already is not sent again.
+        """
+        table = self._tables[request_id]
+        last = self.blocks_for(num_tokens) if partial_too else num_tokens // self.block_size
+        for block in range(first_token // self.block_size, last):
+            held = min(self.block_size, num_tokens - block * self.block_size)
+            slot, home, valid = int(table.slots[block]), int(table.homes[block]), int(table.home_tokens[block])
+            if valid == held or slot in self._busy_slots:
+                continue
+            assert slot != ABSENT, "a block without a complete home copy is never dropped"
+            self._home_copies.append((slot, home))
+            self._going_home.append((table, block, held))
+            self._busy_slots.add(slot)
+
+    def take_write_home(self) -> BlockCopies:
+        """The write_home of the plan being composed; the next plan starts empty."""
+        copies = _copies(self._home_copies)
+        self._home_copies.clear()
+        return copies
+
+    # -- dropping and coming back --------------------------------------------------------------------------------------
+
+    def drop(self, request_id: int, *, num_tokens: int, at_most: int, tail_too: bool) -> int:
+        """Drops up to `at_most` blocks with complete homes, first blocks first; gives how many."""
+        table = self._tables[request_id]
+        dropped = 0
+        for block in table.droppable(num_tokens=num_tokens, tail_too=tail_too).tolist():
+            if dropped == at_most:
+                break
+            if int(table.slots[block]) in self._busy_slots or (request_id, block) in self._promoted:
+                continue
+            self._free_slot(table.drop(block))
+            dropped += 1
+        return dropped
+
+    def promote(self, request_id: int, block: int) -> None:
+        """An absent block gets a slot of its own; the plan being composed refills it."""
+        slot = self.device.allocate()
+        self._tables[request_id].place(block, slot)
+        self._promoted[(request_id, block)] = slot
+
+    def place(self, request_ids: Iterable[int]) -> Placement:
+        """Slots of every block of the given rows: resident ones, and the window for the rest."""
+        tables = [(request_id, self._tables[request_id]) for request_id in request_ids]
+        wanted = [
+            (request_id, block)
+            for request_id, table in tables
+            if table.num_absent
+            for block in table.absent_blocks().tolist()
+        ]
+        assigned, missing = self.window.assign(wanted)
+        refill = [(assigned[key], int(self._tables[key[0]].homes[key[1]])) for key in missing]
+        refill += [(slot, int(self._tables[rid].homes[block])) for (rid, block), slot in self._promoted.items()]
+        self._promoted.clear()
+        indptr = np.zeros(len(tables) + 1, dtype=np.int32)
+        pieces: list[Int32Array] = []
+        for row, (request_id, table) in enumerate(tables):
+            slots = table.slots.copy()
+            if table.num_absent:
+                for block in table.absent_blocks().tolist():
+                    slots[block] = assigned[(request_id, block)]
+            pieces.append(slots)
+            indptr[row + 1] = indptr[row] + len(slots)
+        indices = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+        return Placement(indptr=indptr, indices=indices, refill=_copies(refill))
+
+    # -- inner ---------------------------------------------------------------------------------------------------------
+
+    def _free_slot(self, slot: int) -> None:
+        # A slot that the plan being composed writes home must not become a target of that plan's refill.
+        if slot in self._busy_slots:
+            self._deferred_slots.append(slot)
+        else:
+            self.device.free(slot)

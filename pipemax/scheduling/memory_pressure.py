@@ -1,0 +1,247 @@
+"""`MemoryPressure`: who gets device slots and homes, and who gives them up.
+
+When the device runs short, in this order:
+
+    1. what READY and half-prefilled requests left on the device is dropped (it is at home)
+    2. blocks of other batches are dropped, as long as those batches still fit the window
+    3. blocks of the batch being staged likewise
+    4. the youngest running request leaves its batch: its tail goes home, the rest is dropped
+
+and when host memory itself is full, the youngest request is restarted: its KV is given up and computed again. Nobody yields to a
+younger request, and a request alone always fits (`Scheduler.add_request`), so the oldest always comes through and nothing deadlocks.
+A row that finds no slot this time *stalls*; until it has been served nobody joins and nothing is prefilled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pipemax.kv.manager import KVManager
+from pipemax.scheduling.output_length import OutputLengthEstimate
+from pipemax.scheduling.population import Population
+from pipemax.scheduling.request_state import RequestState, Status
+
+
+class MemoryPressure:
+    """Verbs over `KVManager` that know ages and states. `num_left` and `num_restarted` count what shortage cost."""
+
+    def __init__(self, *, kv: KVManager, population: Population, output_length: OutputLengthEstimate) -> None:
+        self._kv = kv
+        self._population = population
+        self._output_length = output_length
+        self._reserved_blocks = 0
+        self._holders: dict[int, RequestState] = {}  # requests with a block table, by time of admission
+        self._leftovers: dict[int, RequestState] = {}  # of those, not in a batch and maybe still on the device
+        self._stalled: set[int] = set()
+        self._rows: set[int] = set()  # requests with a row in the step being staged: nothing of theirs is dropped
+        self._window_used = 0  # by those rows
+        self.num_left = 0
+        self.num_restarted = 0
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+
+    @property
+    def stalled(self) -> bool:
+        return bool(self._stalled)
+
+    def can_admit(self, request: RequestState) -> bool:
+        """Whether a waiting request's expected length fits at home beside what is promised already."""
+        if request.request_id in self._holders or not self._holders:
+            return True
+        return self._reserved_blocks + self._expected_blocks(request) <= self._kv.host.num_blocks
+
+    def num_absent(self, requests: Iterable[RequestState]) -> int:
+        return sum(self._kv.table(r.request_id).num_absent for r in requests if r.request_id in self._holders)
+
+    def growth_reserve(self) -> int:
+        """Slots that running requests will want within a step or two: joiners leave them free."""
+        return -(-self._population.num_running // self._kv.block_size)
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """A new step is being staged; it has no rows yet."""
+        self._rows.clear()
+        self._window_used = 0
+
+    def _take_row(self, request: RequestState) -> None:
+        self._rows.add(request.request_id)
+        self._window_used += self._kv.table(request.request_id).num_absent
+        self._stalled.discard(request.request_id)
+        if request.status is not Status.RUNNING:
+            self._leftovers[request.request_id] = request
+
+    def make_device_room_for_rows(self, requests: Sequence[RequestState], *, batch_id: int) -> None:
+        """One pass of cheap drops for all the blocks that a decode step needs."""
+        missing = sum(self._kv.missing_blocks(r.request_id, r.num_computed + 1) for r in requests)
+        if missing > self._kv.device.num_free:
+            self._drop_leftovers(missing)
+            others = [batch for other, batch in enumerate(self._population.batches) if other != batch_id]
+            for batch in sorted(others, key=lambda batch: self.num_absent(batch.values())):
+                self._drop_to_window(batch.values(), missing)
+            self._drop_to_window(requests, missing)
+
+    def extend(self, request: RequestState) -> bool:
+        """Room for one more token of a running request. False: it stalls, or had to give its own KV up."""
+        if self._kv.missing_blocks(request.request_id, request.num_computed + 1):
+            if not self._make_host_room(request):
+                return False
+            while not self._kv.device.num_free:
+                victim = self._youngest_running(younger_than=request)
+                if victim is None:
+                    self._stalled.add(request.request_id)
+                    return False
+                self.leave(victim)
+                self._drop_leftovers(1)
+            self._grow(request, request.num_computed + 1)
+        self._take_row(request)
+        return True
+
+    def admit(self, request: RequestState, *, at_most: int, keep_free: int) -> int:
+        """Room for a row of a request that is in no batch; gives the tokens it may compute, 0 if there is no room.
+
+        at_most    tokens wanted: 1 for a READY request, a chunk for a waiting prompt
+        keep_free  slots to leave to others
+
+        The tail, and what the window has no place for, becomes resident; its own blocks move to the window if that helps.
+        """
+        kv, request_id = self._kv, request.request_id
+        if request_id not in self._holders:
+            kv.add(request_id)
+            self._holders[request_id] = request
+            self._reserve(request, self._expected_blocks(request))
+        table, tail = kv.table(request_id), self._absent_tail(request)
+        window_left = kv.window.num_blocks - self._window_used
+        full_absent = table.num_absent - (tail is not None)
+        fixed = keep_free + max(0, full_absent - window_left) + (tail is not None)
+        wanted = fixed + kv.missing_blocks(request_id, request.num_computed + at_most)
+        self._drop_leftovers(wanted, sparing=request)
+        own_room = min(wanted - kv.device.num_free, window_left - full_absent)
+        if own_room > 0:
+            kv.drop(request_id, num_tokens=request.num_computed, at_most=own_room, tail_too=False)
+        new_blocks = min(kv.device.num_free - fixed, kv.host.num_free)
+        room = table.num_blocks * kv.block_size - request.num_computed
+        num_new = min(at_most, room + max(0, new_blocks) * kv.block_size)
+        if kv.device.num_free < fixed or num_new <= 0:
+            return 0
+        full = [block for block in table.absent_blocks().tolist() if block != tail]
+        excess = max(0, len(full) - window_left)
+        for block in full[len(full) - excess :] + ([tail] if tail is not None else []):
+            kv.promote(request_id, block)
+        self._grow(request, request.num_computed + num_new)
+        self._take_row(request)
+        return num_new
+
+    def joined(self, request: RequestState) -> None:
+        """The request is a member of a batch now: what it has on the device is no leftover."""
+        self._leftovers.pop(request.request_id, None)
+
+    def promote_absent(self, requests: Iterable[RequestState]) -> None:
+        """Free slots are used at once: blocks that would travel every turn stay from now on."""
+        keep_free = 2 * self.growth_reserve() + 1
+        for request in requests:
+            table = self._kv.table(request.request_id)
+            if table.num_absent:
+                for block in table.absent_blocks().tolist():
+                    if self._kv.device.num_free <= keep_free:
+                        return
+                    self._kv.promote(request.request_id, block)
+
+    # -- giving up -----------------------------------------------------------------------------------------------------
+
+    def leave(self, request: RequestState) -> None:
+        """The request leaves its batch: its tail goes home, so that all of it may be dropped."""
+        assert request.status is Status.RUNNING
+        self._kv.write_home(
+            request.request_id,
+            first_token=(request.num_computed - 1) // self._kv.block_size * self._kv.block_size,
+            num_tokens=request.num_computed,
+            partial_too=True,
+        )
+        self._population.make_ready(request)
+        self._leftovers[request.request_id] = request
+        self._stalled.discard(request.request_id)
+        self.num_left += 1
+
+    def forget(self, request: RequestState) -> None:
+        """The request needs no memory any more."""
+        if self._holders.pop(request.request_id, None) is not None:
+            self._kv.release(request.request_id)
+            self._reserve(request, 0)
+            self._leftovers.pop(request.request_id, None)
+        self._stalled.discard(request.request_id)
+
+    def _restart(self, request: RequestState) -> None:
+        self.forget(request)
+        request.num_computed = 0
+        self._population.make_waiting(request)
+        self.num_restarted += 1
+
+    # -- inner ---------------------------------------------------------------------------------------------------------
+
+    def _absent_tail(self, request: RequestState) -> int | None:
+        """The block that the next token is written to, if it is there but not on the device."""
+        block = request.num_computed // self._kv.block_size
+        table = self._kv.table(request.request_id)
+        return block if block < table.num_blocks and table.slots[block] < 0 else None
+
+    def _expected_blocks(self, request: RequestState) -> int:
+        outputs = self._output_length.expected_tokens(max_outputs=request.max_outputs, num_outputs=request.num_outputs)
+        return self._kv.blocks_for(request.num_prompt + outputs)
+
+    def _reserve(self, request: RequestState, blocks: int) -> None:
+        self._reserved_blocks += blocks - request.reserved_blocks
+        request.reserved_blocks = blocks
+
+    def _grow(self, request: RequestState, num_tokens: int) -> None:
+        self._kv.grow(request.request_id, num_tokens)
+        self._reserve(request, max(request.reserved_blocks, self._kv.table(request.request_id).num_blocks))
+
+    def _drop_leftovers(self, wanted: int, *, sparing: RequestState | None = None) -> None:
+        """Drops blocks of requests that are in no batch, youngest first, until `wanted` slots are free."""
+        for request_id in sorted(self._leftovers, reverse=True):
+            short = wanted - self._kv.device.num_free
+            if short <= 0:
+                return
+            request = self._leftovers[request_id]
+            if request is sparing or request_id in self._rows:
+                continue
+            self._kv.drop(request_id, num_tokens=request.num_computed, at_most=short, tail_too=True)
+            table = self._kv.table(request_id)
+            if table.num_absent == table.num_blocks:
+                del self._leftovers[request_id]
+
+    def _drop_to_window(self, requests: Iterable[RequestState], wanted: int) -> None:
+        """Drops full blocks of one batch's members while its absent blocks fit the window."""
+        members = list(requests)
+        room = self._kv.window.num_blocks - self.num_absent(members)
+        # Few requests with many absent blocks make longer copies than many with few.
+        members.sort(key=lambda r: (-self._kv.table(r.request_id).num_absent, -r.request_id))
+        for request in members:
+            short = min(wanted - self._kv.device.num_free, room)
+            if short <= 0:
+                return
+            room -= self._kv.drop(
+                request.request_id, num_tokens=request.num_computed, at_most=short, tail_too=False
+            )
+
+    def _youngest_running(self, *, younger_than: RequestState) -> RequestState | None:
+        candidates = [
+            request
+            for batch in self._population.batches
+            for request in batch.values()
+            if request.request_id > younger_than.request_id and request.request_id not in self._rows
+        ]
+        return max(candidates, key=lambda request: request.request_id, default=None)
+
+    def _make_host_room(self, request: RequestState) -> bool:
+        """One free home for a running request; restarts the youngest, which may be the request itself."""
+        while not self._kv.host.num_free:
+            others = (r for r in self._holders.values() if r.request_id not in self._rows)
+            youngest = max(others, key=lambda r: r.request_id)
+            if youngest is request and len(self._holders) == 1:
+                raise AssertionError("a request alone does not fit at home")
+            self._restart(youngest)
+            if youngest is request:
+                return False
+        return True

@@ -1,0 +1,365 @@
+"""`Scheduler`: decides, step by step, which rows run, which blocks go home and which are brought for the step that follows.
+
+Pure decisions: no clock, no tensor, no process, no randomness. The engine hands plans to an Executor and results back. The same
+scheduler drives GPUs, CPUs and the simulator.
+
+One call emits one step and stages the next, because the plan of step k carries the refill of step k+1:
+
+    schedule()   ─►  emit step k: the rows staged before,      +   stage step k+1: its rows, their slots,
+                     less those that finished meanwhile            its refill, which plan k carries
+
+Batches take turns in a fixed order. With asynchronous scheduling a batch's next step is planned before the tokens of its last one
+are known (they travel from the last stage to the first by themselves), and a row that turns out to have finished is dropped one step late.
+
+What memory is for whom is decided in `memory_pressure.py`; the books are `kv/manager.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipemax.kv.manager import KVManager, Placement
+from pipemax.kv.prefetch import PrefetchBudget
+from pipemax.plan import NO_BATCH, BlockCopies, Capacity, NewRequest, Phase, StepPlan, StepResult
+from pipemax.request import FinishReason
+from pipemax.scheduling.balancer import Balancer
+from pipemax.scheduling.memory_pressure import MemoryPressure
+from pipemax.scheduling.output_length import OutputLengthEstimate
+from pipemax.scheduling.phase import PhasePolicy, PhaseView
+from pipemax.scheduling.population import Population
+from pipemax.scheduling.request_state import RequestState, RequestUpdate, Status
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counts since the start."""
+
+    steps: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(Phase, 0))
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    blocks_sent_home: int = 0
+    blocks_refilled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    request: RequestState
+    num_new: int
+
+    @property
+    def samples(self) -> bool:
+        return self.num_new == self.request.num_pending
+
+
+@dataclass(frozen=True, slots=True)
+class _StagedStep:
+    batch_id: int
+    rows: tuple[_Row, ...]
+    placement: Placement
+
+
+class Scheduler:
+    """See the module. One instance a pipeline; not thread-safe.
+
+    max_plans_per_batch   1: a batch's step is planned when its last result is in; 2: asynchronous, one ahead
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: Capacity,
+        num_batches: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_plans_per_batch: int,
+        phase_policy: PhasePolicy,
+        balancer: Balancer,
+        prefetch_budget: PrefetchBudget,
+        output_length: OutputLengthEstimate,
+    ) -> None:
+        self._capacity = capacity
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_plans_per_batch = max_plans_per_batch
+        self._phase_policy = phase_policy
+        self._balancer = balancer
+        self._budget = prefetch_budget
+        self._output_length = output_length
+        self.stats = SchedulerStats()
+        self.kv = KVManager(capacity=capacity)
+        self._population = Population(num_batches=num_batches)
+        self._memory = MemoryPressure(kv=self.kv, population=self._population, output_length=output_length)
+        self._in_flight = [0] * num_batches
+        self._plans_in_flight = 0
+        self._next_step = 0
+        self._next_batch = 0
+        self._staged: _StagedStep | None = None
+        self._finished_ids: list[int] = []
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def add_request(self, request: RequestState) -> None:
+        """Queues a request. Its longest form must fit either pool alone (checked by the caller: a user's error)."""
+        longest = self.kv.blocks_for(request.num_prompt + request.max_outputs)
+        assert longest <= min(self._capacity.num_device_blocks, self._capacity.num_host_blocks)
+        assert request.num_prompt >= 1 and request.max_outputs >= 1
+        self._population.add(request)
+
+    @property
+    def population(self) -> Population:
+        """Who is waiting, ready, running: to be read, not changed."""
+        return self._population
+
+    @property
+    def memory(self) -> MemoryPressure:
+        return self._memory
+
+    @property
+    def num_plans_in_flight(self) -> int:
+        return self._plans_in_flight
+
+    def finish_request(self, request_id: int) -> None:
+        """Ends a request from outside: a stop string was found, or the user gave up. Unknown ids are over already."""
+        request = self._population.requests.get(request_id)
+        if request is not None:
+            self._memory.forget(request)
+            self._population.remove(request)
+            if request.announced:
+                self._finished_ids.append(request_id)
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def update(self, result: StepResult) -> list[RequestUpdate]:
+        """Takes the tokens of a step in. Rows of requests that are over meanwhile are ignored."""
+        self._plans_in_flight -= 1
+        if result.batch_id != NO_BATCH:
+            self._in_flight[result.batch_id] -= 1
+        assert self._plans_in_flight >= 0 and min(self._in_flight) >= 0
+        updates = []
+        for request_id, token_id in zip(result.request_ids.tolist(), result.token_ids.tolist(), strict=True):
+            request = self._population.requests.get(request_id)
+            if request is None:
+                continue
+            error = result.row_errors.get(request_id)
+            if error is not None:
+                self.finish_request(request_id)
+                updates.append(RequestUpdate(request_id, None, FinishReason.ERROR, error=error))
+            else:
+                updates.append(self._take_token(request, token_id))
+        return updates
+
+    def _take_token(self, request: RequestState, token_id: int) -> RequestUpdate:
+        outputs = request.output_token_ids
+        outputs.append(token_id)
+        assert len(outputs) <= request.num_outputs <= request.max_outputs
+        self.stats.output_tokens += 1
+        reason, stop_reason = None, None
+        if token_id in request.stop_token_ids and len(outputs) > request.sampling.min_tokens:
+            reason, stop_reason = FinishReason.STOP, token_id
+        elif len(outputs) == request.max_outputs:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            self._output_length.observe(len(outputs))
+            self.finish_request(request.request_id)
+        return RequestUpdate(request.request_id, token_id, reason, stop_reason)
+
+    # -- planning ------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next plan, or None: nothing can be planned before another result comes in."""
+        while True:
+            staged = self._staged
+            if staged is not None and self._in_flight[staged.batch_id] >= self._max_plans_per_batch:
+                return None
+            self.kv.commit_homes()
+            plan = self._emit(staged)
+            if plan.num_rows or len(plan.write_home) or len(plan.refill):
+                self._submit(plan)
+                return plan
+            self._finished_ids = list(plan.finished_request_ids)
+            if self._staged is None:
+                return None
+
+    def _emit(self, staged: _StagedStep | None) -> StepPlan:
+        """Composes the plan of the staged step, staging the one that follows on the way.
+
+        Without a staged step, or when all its rows are over, the plan has no rows: it only moves blocks.
+        """
+        batch_id, kept = (NO_BATCH, []) if staged is None else (staged.batch_id, self._live_rows(staged))
+        rows = [] if staged is None else [staged.rows[index] for index in kept]
+        if not rows:
+            batch_id = NO_BATCH
+        indptr, indices = self._block_tables(staged, kept)
+        num_computed = np.array([row.request.num_computed for row in rows], dtype=np.int32)
+        samples = np.array([row.samples for row in rows], dtype=np.bool_)
+        depends_on = max((row.request.last_sample_step for row in rows), default=-1)
+        phase = self._phase_of(rows)
+        new_requests = self._announce(rows)
+        finished_ids, self._finished_ids = tuple(self._finished_ids), []
+        for row in rows:
+            self._advance(row)
+        self._staged = self._stage()
+        none = np.empty(0, dtype=np.int32)
+        return StepPlan(
+            step_id=self._next_step,
+            batch_id=batch_id,
+            phase=phase,
+            request_ids=np.array([row.request.request_id for row in rows], dtype=np.int64),
+            num_computed_tokens=num_computed,
+            num_new_tokens=np.array([row.num_new for row in rows], dtype=np.int32),
+            samples=samples,
+            block_table_indptr=indptr,
+            block_table_indices=indices,
+            write_home=self.kv.take_write_home(),
+            refill=self._staged.placement.refill if self._staged is not None else BlockCopies(none, none),
+            new_requests=new_requests,
+            finished_request_ids=finished_ids,
+            sampled_through_step=depends_on,
+        )
+
+    def _submit(self, plan: StepPlan) -> None:
+        if plan.batch_id != NO_BATCH:
+            self._in_flight[plan.batch_id] += 1
+        self._plans_in_flight += 1
+        self._next_step += 1
+        self.stats.steps[plan.phase] += 1
+        self.stats.blocks_sent_home += len(plan.write_home)
+        self.stats.blocks_refilled += len(plan.refill)
+
+    def _live_rows(self, staged: _StagedStep) -> list[int]:
+        requests = self._population.requests
+        return [i for i, row in enumerate(staged.rows) if requests.get(row.request.request_id) is row.request]
+
+    @staticmethod
+    def _block_tables(staged: _StagedStep | None, kept: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        if staged is None or not kept:
+            return np.zeros(1, dtype=np.int32), np.empty(0, dtype=np.int32)
+        indptr, indices = staged.placement.indptr, staged.placement.indices
+        if len(kept) == len(staged.rows):
+            return indptr, indices
+        lengths = np.diff(indptr)[kept]
+        cut = np.zeros(len(kept) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=cut[1:])
+        return cut, np.concatenate([indices[indptr[i] : indptr[i + 1]] for i in kept])
+
+    @staticmethod
+    def _phase_of(rows: list[_Row]) -> Phase:
+        if not rows:
+            return Phase.COPY
+        decode = sum(row.request.status is Status.RUNNING for row in rows)
+        return Phase.DECODE if decode == len(rows) else Phase.MIXED if decode else Phase.PREFILL
+
+    def _announce(self, rows: list[_Row]) -> tuple[NewRequest, ...]:
+        fresh = [row.request for row in rows if not row.request.announced]
+        for request in fresh:
+            request.announced = True
+            self.stats.prompt_tokens += request.num_prompt
+        return tuple(request.announcement() for request in fresh)
+
+    def _advance(self, row: _Row) -> None:
+        """The row is submitted: counts move on, full blocks go home, states change."""
+        request, samples = row.request, row.samples
+        prefill = request.status is Status.WAITING
+        first_token = request.num_computed
+        request.num_computed += row.num_new
+        if samples:
+            request.num_outputs += 1
+            request.last_sample_step = self._next_step
+        if request.exhausted:
+            # Nothing reads its KV again. Steps run in order, so its memory is free for the next ones right away.
+            self._memory.forget(request)
+            self._population.drain(request)
+            return
+        self.kv.write_home(
+            request.request_id, first_token=first_token, num_tokens=request.num_computed, partial_too=prefill
+        )
+        if prefill and samples:
+            self._population.make_ready(request)
+
+    # -- staging -------------------------------------------------------------------------------------------------------
+
+    def _stage(self) -> _StagedStep | None:
+        population = self._population
+        waiting = population.waiting
+        view = PhaseView(
+            num_waiting=len(waiting),
+            num_ready=len(population.ready),
+            num_running=population.num_running,
+            can_admit=bool(waiting) and self._memory.can_admit(waiting[0]),
+        )
+        for phase in self._phase_policy.preference(view):
+            for turn in range(len(self._in_flight) if phase is not Phase.PREFILL else 1):
+                batch_id = (self._next_batch + turn) % len(self._in_flight)
+                rows: list[_Row] = []
+                self._memory.begin_step()
+                if phase is not Phase.PREFILL:
+                    self._add_decode_rows(rows, batch_id)
+                if phase is not Phase.DECODE:
+                    self._add_prefill_rows(rows)
+                if rows:
+                    self._next_batch = (batch_id + 1) % len(self._in_flight)
+                    if not waiting:
+                        self._memory.promote_absent([row.request for row in rows])
+                    placement = self.kv.place([row.request.request_id for row in rows])
+                    assert self._budget.allows(len(placement.refill), num_rows=len(rows))
+                    return _StagedStep(batch_id, tuple(rows), placement)
+        return None
+
+    def _add_decode_rows(self, rows: list[_Row], batch_id: int) -> None:
+        population, memory = self._population, self._memory
+        batch = population.batches[batch_id]
+        target = self._balancer.target_rows(num_ready=len(population.ready), num_running=population.num_running)
+        members = sorted(batch.values(), key=lambda request: request.request_id)
+        for request in members[target:]:
+            memory.leave(request)
+        memory.make_device_room_for_rows(members[:target], batch_id=batch_id)
+        for request in members[:target]:
+            # It may have left meanwhile, for the sake of an older one.
+            if request.status is Status.RUNNING and memory.extend(request):
+                rows.append(_Row(request, 1))
+        if not memory.stalled:
+            self._join_ready(rows, batch_id, target=target)
+
+    def _join_ready(self, rows: list[_Row], batch_id: int, *, target: int) -> None:
+        """Fills the batch from READY, oldest first, while device, window and link have room."""
+        population, memory = self._population, self._memory
+        refill_blocks = memory.num_absent([row.request for row in rows])
+        for request in list(population.ready):
+            if len(rows) >= target:
+                break
+            recent = request.last_sample_step + self._capacity.num_stages > self._next_step + 1
+            if recent and population.num_running:
+                continue  # its token is still under way: taking it now would make the first stage wait for it
+            coming = memory.num_absent([request])
+            if not self._budget.allows(refill_blocks + coming, num_rows=len(rows) + 1):
+                break
+            if not memory.admit(request, at_most=1, keep_free=memory.growth_reserve()):
+                break
+            refill_blocks += coming
+            population.join(request, batch_id)
+            memory.joined(request)
+            rows.append(_Row(request, 1))
+
+    def _add_prefill_rows(self, rows: list[_Row]) -> None:
+        """Chunks of waiting prompts, oldest first, up to the token limit of a step."""
+        memory = self._memory
+        if memory.stalled:
+            return
+        tokens_left = self._max_num_batched_tokens - len(rows)
+        refill_blocks = memory.num_absent([row.request for row in rows])
+        for request in list(self._population.waiting):
+            if tokens_left <= 0 or len(rows) >= self._max_num_seqs or not memory.can_admit(request):
+                break
+            coming = memory.num_absent([request])
+            if not self._budget.allows(refill_blocks + coming, num_rows=len(rows) + 1):
+                break
+            num_new = memory.admit(request, at_most=min(request.num_pending, tokens_left), keep_free=0)
+            if num_new == 0:
+                break
+            refill_blocks += coming
+            tokens_left -= num_new
+            rows.append(_Row(request, num_new))
+            if num_new < request.num_pending:
+                break

@@ -1,0 +1,162 @@
+"""The invariants of the design, on the control plane alone: random request mixes at every legal memory size.
+
+`CheckingExecutor` checks contents (invariants 1 to 3 and 5); here: nobody lost, duplicated or starved (6), pools conserved (4), and no
+deadlock. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipemax.kv.prefetch import PrefetchBudget
+from pipemax.plan import Capacity
+from pipemax.request import FinishReason, SamplingParams
+from pipemax.scheduling.balancer import Balancer
+from pipemax.scheduling.output_length import OutputLengthEstimate
+from pipemax.scheduling.phase import PrefillFirst
+from pipemax.scheduling.request_state import RequestState
+from pipemax.scheduling.scheduler import Scheduler
+from tests.scheduling.checking_executor import CheckingExecutor, expected_token
+
+BLOCK = 4
+
+
+@st.composite
+def jobs(draw):
+    requests = draw(
+        st.lists(
+            st.tuples(st.integers(1, 30), st.integers(1, 20), st.one_of(st.none(), st.integers(1, 20))),
+            min_size=1,
+            max_size=14,
+        )
+    )
+    longest = max(-(-(prompt + outputs) // BLOCK) for prompt, outputs, _ in requests)
+    window = draw(st.integers(0, 8))
+    device = max(longest, window + 1) + draw(st.integers(0, 12))
+    host = longest + draw(st.integers(0, 30))
+    return {
+        "requests": requests,
+        "device": device,
+        "window": window,
+        "host": host,
+        "num_stages": draw(st.integers(1, 4)),
+        "num_batches": draw(st.integers(1, 5)),
+        "max_num_seqs": draw(st.integers(1, 8)),
+        "max_tokens_a_step": draw(st.integers(1, 40)),
+        "max_plans": draw(st.integers(1, 2)),
+        "budget": draw(st.integers(1, 12)),
+        "arrivals": draw(st.integers(1, 14)),
+        "aborts": draw(st.lists(st.integers(0, 13), max_size=2)),
+    }
+
+
+def run(job) -> tuple[Scheduler, CheckingExecutor, dict[int, list[int]]]:
+    capacity = Capacity(
+        num_stages=job["num_stages"],
+        block_size=BLOCK,
+        num_device_blocks=job["device"],
+        num_window_blocks=job["window"],
+        num_host_blocks=job["host"],
+        block_bytes=1,
+    )
+    endings = {i: end for i, (_, _, end) in enumerate(job["requests"]) if end is not None}
+    executor = CheckingExecutor(
+        capacity, max_plans={"per_batch": job["max_plans"]}, budget_blocks=-1, endings=endings
+    )
+    scheduler = Scheduler(
+        capacity=capacity,
+        num_batches=job["num_batches"],
+        max_num_seqs=job["max_num_seqs"],
+        max_num_batched_tokens=job["max_tokens_a_step"],
+        max_plans_per_batch=job["max_plans"],
+        phase_policy=PrefillFirst(),
+        balancer=Balancer(num_batches=job["num_batches"], max_rows=job["max_num_seqs"]),
+        prefetch_budget=PrefetchBudget(blocks_per_step=max(job["budget"], job["window"])),
+        output_length=OutputLengthEstimate(prior_tokens=8),
+    )
+    outputs: dict[int, list[int]] = {}
+    finished: dict[int, FinishReason] = {}
+    coming = list(enumerate(job["requests"]))
+    aborted: set[int] = set()
+    turns = 0
+    while coming or scheduler.population.requests:
+        turns += 1
+        assert turns < 20_000, "starved"
+        for request_id, (prompt, max_outputs, _) in coming[: job["arrivals"]]:
+            scheduler.add_request(
+                RequestState(
+                    request_id=request_id,
+                    prompt_token_ids=np.zeros(prompt, dtype=np.int32),
+                    sampling=SamplingParams(max_tokens=max_outputs),
+                    seed=0,
+                    stop_token_ids=frozenset({CheckingExecutor.STOP_TOKEN}),
+                    max_outputs=max_outputs,
+                )
+            )
+            outputs[request_id] = []
+        del coming[: job["arrivals"]]
+        while (plan := scheduler.schedule()) is not None:
+            executor.submit(plan)
+            check_pools(scheduler)
+        if not scheduler.population.requests and not scheduler.num_plans_in_flight:
+            continue
+        assert scheduler.num_plans_in_flight, "deadlock: requests are left, and nothing is planned"
+        for result in executor.wait():
+            for update in scheduler.update(result):
+                assert update.request_id not in finished
+                if update.token_id is not None:
+                    outputs[update.request_id].append(update.token_id)
+                if update.finish_reason is not None:
+                    finished[update.request_id] = update.finish_reason
+        for request_id in job["aborts"]:
+            if turns == 7 and request_id in outputs and request_id not in finished:
+                scheduler.finish_request(request_id)
+                finished[request_id] = FinishReason.ABORT
+                aborted.add(request_id)
+        check_pools(scheduler)
+    while scheduler.num_plans_in_flight:
+        for result in executor.wait():
+            assert scheduler.update(result) == []
+    assert set(finished) == set(range(len(job["requests"])))
+    for request_id, (_, max_outputs, ending) in enumerate(job["requests"]):
+        if request_id in aborted:
+            continue
+        count = max_outputs if ending is None else min(max_outputs, ending)
+        tokens = [expected_token(request_id, i) for i in range(count)]
+        if ending is not None and ending <= max_outputs:
+            tokens[-1] = CheckingExecutor.STOP_TOKEN
+        assert outputs[request_id] == tokens
+    return scheduler, executor, outputs
+
+
+def check_pools(scheduler: Scheduler) -> None:
+    kv = scheduler.kv
+    for pool in (kv.device, kv.host):
+        assert pool.num_free + pool.num_held == pool.num_blocks
+        assert sum(pool._held) == pool.num_held
+    tables = list(kv._tables.values())
+    resident = [slot for table in tables for slot in table.slots.tolist() if slot >= 0]
+    homes = [home for table in tables for home in table.homes.tolist()]
+    assert len(set(resident)) == len(resident) and len(set(homes)) == len(homes)
+    assert len(resident) + kv.window.num_blocks + len(kv._deferred_slots) == kv.device.num_held
+    assert len(homes) == kv.host.num_held
+    assert all(table.num_absent == len(table.absent_blocks()) for table in tables)
+
+
+@settings(max_examples=400, deadline=None)
+@given(jobs())
+def test_every_request_comes_through_whatever_memory_it_has(job):
+    scheduler, _, _ = run(job)
+    assert scheduler.kv.device.num_held == scheduler.kv.window.num_blocks + len(scheduler.kv._deferred_slots)
+    assert scheduler.kv.host.num_held == 0
+
+
+def test_control_plane_needs_no_torch():
+    import subprocess
+
+    code = "import sys, pipemax.scheduling.scheduler, pipemax.engine; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
