@@ -1,0 +1,52 @@
+"""`BatchReader`: an OpenAI batch file as a lazy stream of rows, one line in memory at a time.
+
+What lives here: lines of a file, their numbers, the uniqueness of custom ids. Never here: what one line means
+(`batch_request.py`).
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipemax.io.batch_request import BatchRow, ErrorCode, RowError, parse_line, row_error
+from pipemax.io.custom_ids import CustomIdIndex
+
+
+class BatchReader:
+    """Rows of the file at `path`, in order, without blank lines and byte order mark. `defaults`: see `parse_line`.
+
+    Raises OSError from iteration when the file cannot be read.
+    """
+
+    def __init__(self, path: Path, *, defaults: Mapping[str, Any]) -> None:
+        self._path = path
+        self._defaults = defaults
+
+    def __iter__(self) -> Iterator[BatchRow | RowError]:
+        with self._path.open("rb") as lines, CustomIdIndex() as seen:
+            for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                line = line.strip()
+                if not line:
+                    continue
+                row = parse_line(line, number, defaults=self._defaults)
+                first_line = None if row.custom_id is None else seen.add(row.custom_id, number)
+                if first_line is None:
+                    yield row
+                else:
+                    message = f"custom_id {row.custom_id!r} is not unique: line {first_line} has it already"
+                    yield row_error(number, row.custom_id, ErrorCode.DUPLICATE_CUSTOM_ID, message, param="custom_id")
+
+
+def count_rows(path: Path) -> int:
+    """Lines that are not blank: what a reader of this file will yield. Raises OSError."""
+    with path.open("rb") as lines:
+        return sum(1 for number, line in enumerate(lines) if _has_content(line, first=number == 0))
+
+
+def _has_content(line: bytes, *, first: bool) -> bool:
+    return bool((line.removeprefix(codecs.BOM_UTF8) if first else line).strip())
