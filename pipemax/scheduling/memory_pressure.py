@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pipemax.kv.manager import KVManager
+from pipemax.kv.prefetch import PrefetchBudget
 from pipemax.scheduling.output_length import OutputLengthEstimate
 from pipemax.scheduling.population import Population
 from pipemax.scheduling.request_state import RequestState, Status
@@ -25,8 +26,16 @@ from pipemax.scheduling.request_state import RequestState, Status
 class MemoryPressure:
     """Verbs over `KVManager` that know ages and states. `num_left` and `num_restarted` count what shortage cost."""
 
-    def __init__(self, *, kv: KVManager, population: Population, output_length: OutputLengthEstimate) -> None:
+    def __init__(
+        self,
+        *,
+        kv: KVManager,
+        population: Population,
+        prefetch_budget: PrefetchBudget,
+        output_length: OutputLengthEstimate,
+    ) -> None:
         self._kv = kv
+        self._budget = prefetch_budget
         self._population = population
         self._output_length = output_length
         self._reserved_blocks = 0
@@ -35,6 +44,7 @@ class MemoryPressure:
         self._stalled: set[int] = set()
         self._rows: set[int] = set()  # requests with a row in the step being staged: nothing of theirs is dropped
         self._window_used = 0  # by those rows
+        self._refill_blocks = 0  # that travel for those rows
         self.num_left = 0
         self.num_restarted = 0
 
@@ -63,10 +73,13 @@ class MemoryPressure:
         """A new step is being staged; it has no rows yet."""
         self._rows.clear()
         self._window_used = 0
+        self._refill_blocks = 0
 
-    def _take_row(self, request: RequestState) -> None:
+    def _take_row(self, request: RequestState, *, promoted_blocks: int) -> None:
         self._rows.add(request.request_id)
-        self._window_used += self._kv.table(request.request_id).num_absent
+        absent = self._kv.table(request.request_id).num_absent
+        self._window_used += absent
+        self._refill_blocks += absent + promoted_blocks
         self._stalled.discard(request.request_id)
         if request.status is not Status.RUNNING:
             self._leftovers[request.request_id] = request
@@ -94,7 +107,7 @@ class MemoryPressure:
                 self.leave(victim)
                 self._drop_leftovers(1)
             self._grow(request, request.num_computed + 1)
-        self._take_row(request)
+        self._take_row(request, promoted_blocks=0)
         return True
 
     def admit(self, request: RequestState, *, at_most: int, keep_free: int) -> int:
@@ -111,13 +124,16 @@ class MemoryPressure:
             self._holders[request_id] = request
             self._reserve(request, self._expected_blocks(request))
         table, tail = kv.table(request_id), self._absent_tail(request)
+        travelling = self._refill_blocks + table.num_absent
+        if not self._budget.allows(travelling, num_rows=len(self._rows) + 1):
+            return 0
         window_left = kv.window.num_blocks - self._window_used
         full_absent = table.num_absent - (tail is not None)
         fixed = keep_free + max(0, full_absent - window_left) + (tail is not None)
         wanted = fixed + kv.missing_blocks(request_id, request.num_computed + at_most)
         self._drop_leftovers(wanted, sparing=request)
         own_room = min(wanted - kv.device.num_free, window_left - full_absent)
-        if own_room > 0:
+        if own_room > 0 and self._budget.allows(travelling + own_room, num_rows=len(self._rows) + 1):
             kv.drop(request_id, num_tokens=request.num_computed, at_most=own_room, tail_too=False)
         new_blocks = min(kv.device.num_free - fixed, kv.host.num_free)
         room = table.num_blocks * kv.block_size - request.num_computed
@@ -126,10 +142,11 @@ class MemoryPressure:
             return 0
         full = [block for block in table.absent_blocks().tolist() if block != tail]
         excess = max(0, len(full) - window_left)
-        for block in full[len(full) - excess :] + ([tail] if tail is not None else []):
+        promoted = full[len(full) - excess :] + ([tail] if tail is not None else [])
+        for block in promoted:
             kv.promote(request_id, block)
         self._grow(request, request.num_computed + num_new)
-        self._take_row(request)
+        self._take_row(request, promoted_blocks=len(promoted))
         return num_new
 
     def joined(self, request: RequestState) -> None:

@@ -90,7 +90,9 @@ class Scheduler:
         self.stats = SchedulerStats()
         self.kv = KVManager(capacity=capacity)
         self._population = Population(num_batches=num_batches)
-        self._memory = MemoryPressure(kv=self.kv, population=self._population, output_length=output_length)
+        self._memory = MemoryPressure(
+            kv=self.kv, population=self._population, prefetch_budget=prefetch_budget, output_length=output_length
+        )
         self._in_flight = [0] * num_batches
         self._plans_in_flight = 0
         self._next_step = 0
@@ -325,19 +327,14 @@ class Scheduler:
     def _join_ready(self, rows: list[_Row], batch_id: int, *, target: int) -> None:
         """Fills the batch from READY, oldest first, while device, window and link have room."""
         population, memory = self._population, self._memory
-        refill_blocks = memory.num_absent([row.request for row in rows])
         for request in list(population.ready):
             if len(rows) >= target:
                 break
             recent = request.last_sample_step + self._capacity.num_stages > self._next_step + 1
             if recent and population.num_running:
                 continue  # its token is still under way: taking it now would make the first stage wait for it
-            coming = memory.num_absent([request])
-            if not self._budget.allows(refill_blocks + coming, num_rows=len(rows) + 1):
-                break
             if not memory.admit(request, at_most=1, keep_free=memory.growth_reserve()):
                 break
-            refill_blocks += coming
             population.join(request, batch_id)
             memory.joined(request)
             rows.append(_Row(request, 1))
@@ -348,17 +345,12 @@ class Scheduler:
         if memory.stalled:
             return
         tokens_left = self._max_num_batched_tokens - len(rows)
-        refill_blocks = memory.num_absent([row.request for row in rows])
         for request in list(self._population.waiting):
             if tokens_left <= 0 or len(rows) >= self._max_num_seqs or not memory.can_admit(request):
-                break
-            coming = memory.num_absent([request])
-            if not self._budget.allows(refill_blocks + coming, num_rows=len(rows) + 1):
                 break
             num_new = memory.admit(request, at_most=min(request.num_pending, tokens_left), keep_free=0)
             if num_new == 0:
                 break
-            refill_blocks += coming
             tokens_left -= num_new
             rows.append(_Row(request, num_new))
             if num_new < request.num_pending:

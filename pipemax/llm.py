@@ -1,0 +1,360 @@
+"""`LLM`: the offline API, shaped after vLLM's. The composition root of a pipeline on this machine.
+
+    LLM.generate / chat / stream
+        GenerationRequest ──tokenize──► RequestState ──► Engine ──► tokens ──OutputProcessor──► RequestOutput
+
+Here the settings are read, the parts are built and wired, and user-side requests become scheduler requests. No scheduling, no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from pipemax.config import ConfigError, EngineConfig
+from pipemax.engine import Engine, EngineUpdate
+from pipemax.executor.process import ProcessExecutor
+from pipemax.kv.prefetch import PrefetchBudget
+from pipemax.model_spec import ModelSpec
+from pipemax.output_processor import OutputProcessor
+from pipemax.plan import Phase
+from pipemax.request import FinishReason, RequestError, RequestOutput, SamplingParams
+from pipemax.scheduling.balancer import Balancer
+from pipemax.scheduling.output_length import OutputLengthEstimate
+from pipemax.scheduling.phase import PrefillFirst
+from pipemax.scheduling.request_state import RequestState
+from pipemax.scheduling.scheduler import Scheduler
+from pipemax.tokenization import Tokenizer
+from pipemax.worker.gguf import cached_gguf_folder
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One thing to generate from: a text, token ids, or chat messages (exactly one of `prompt` and `messages`)."""
+
+    request_id: str
+    sampling_params: SamplingParams
+    prompt: str | Sequence[int] | None = None
+    messages: Sequence[Message] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts since the engine started. Blocks are KV blocks of all layers, on each stage."""
+
+    prompt_tokens: int
+    output_tokens: int
+    steps: int
+    prefill_steps: int
+    decode_steps: int
+    blocks_sent_home: int
+    blocks_refilled: int
+    requests_left_batch: int
+    requests_restarted: int
+    num_device_blocks: int
+    num_window_blocks: int
+    num_host_blocks: int
+    elapsed_seconds: float
+
+
+class LLM:
+    """A model on this machine, ready to generate.
+
+    Parameters are the fields of `EngineConfig`. Raises ConfigError when the settings, the model's files or the memory cannot work
+    (nothing is left running then); `ExecutorError` comes out of the generating calls when a stage fails. Use it as a context manager,
+    or call `shutdown()`; the stages also end with this process.
+    """
+
+    def __init__(self, model: str | Path, **settings: Any) -> None:
+        unknown = set(settings) - set(EngineConfig.__dataclass_fields__)
+        if unknown:
+            raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}; EngineConfig lists what there is")
+        config = EngineConfig(model=str(model), **settings)
+        folder = Path(config.model)
+        self.model_name = folder.name
+        if folder.suffix == ".gguf":
+            folder = cached_gguf_folder(folder)
+        spec = ModelSpec.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        self._seed = config.seed
+        self.max_model_len = _max_model_len(config, spec)
+        self._tokenizer = self._load_tokenizer(config, folder)
+        self._num_batches = config.num_batches or config.pipeline_parallel_size
+        self._executor = ProcessExecutor.start(
+            model_dir=folder,
+            spec=spec,
+            num_stages=config.pipeline_parallel_size,
+            num_batches=self._num_batches,
+            device=config.device,
+            dtype=config.dtype,
+            seed=config.seed,
+            load_format=config.load_format,
+            trust_remote_code=config.trust_remote_code,
+            block_size=config.block_size,
+            num_device_blocks=config.num_device_blocks,
+            num_window_blocks=config.num_window_blocks,
+            host_memory_gib=config.host_memory_gib,
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            threads_per_stage=config.threads_per_stage,
+        )
+        capacity = self._executor.capacity
+        # A request that is longer than either pool could never run, whatever the model allows.
+        self._max_blocks = min(capacity.num_device_blocks, capacity.num_host_blocks)
+        self._max_queued = 2 * self._num_batches * config.max_num_seqs
+        scheduler = Scheduler(
+            capacity=capacity,
+            num_batches=self._num_batches,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_plans_per_batch=2 if config.async_scheduling else 1,
+            phase_policy=PrefillFirst(),
+            balancer=Balancer(num_batches=self._num_batches, max_rows=config.max_num_seqs),
+            prefetch_budget=PrefetchBudget(blocks_per_step=max(1, 2 * capacity.num_window_blocks)),
+            output_length=OutputLengthEstimate(),
+        )
+        self._engine = Engine(scheduler=scheduler, executor=self._executor)
+        self._outputs = OutputProcessor(tokenizer=self._tokenizer)
+        self._block_size = capacity.block_size
+        self._started_seconds = self._executor.now()
+        self._next_id = 0
+        self._streaming = False
+
+    # -- generating ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes texts or token id lists; outputs in input order.
+
+        One SamplingParams serves all prompts, a list gives each its own. Raises RequestError (a ValueError) when a prompt cannot run, after
+        the others have finished; use `stream` to have errors beside results.
+        """
+        return self._in_order(
+            GenerationRequest(request_id=str(index), prompt=prompt, sampling_params=params)
+            for index, (prompt, params) in enumerate(_pair(_as_prompts(prompts), sampling_params))
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them; outputs in input order. Errors as in `generate`."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self._in_order(
+            GenerationRequest(
+                request_id=str(index),
+                messages=conversation,  # type: ignore[arg-type]
+                sampling_params=params,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for index, (conversation, params) in enumerate(_pair(list(conversations), sampling_params))
+        )
+
+    def stream(self, requests: Iterable[GenerationRequest]) -> Iterator[RequestOutput]:
+        """Yields outputs as they finish, reading `requests` only as far ahead as the engine needs.
+
+        A request that cannot run comes out with `error` set; the others go on. Closing the iterator drops what is unfinished. One stream at
+        a time. Raises ExecutorError when a stage fails.
+        """
+        if self._streaming:
+            raise RuntimeError("this LLM is generating already: finish or close the other stream first")
+        self._streaming = True
+        live: dict[int, _Live] = {}
+        source = iter(requests)
+        exhausted = False
+        population = self._engine.scheduler.population
+        try:
+            while live or not exhausted:
+                while not exhausted and len(population.waiting) < self._max_queued:
+                    request = next(source, None)
+                    if request is None:
+                        exhausted = True
+                        break
+                    failed = self._submit(request, live)
+                    if failed is not None:
+                        yield failed
+                if live:
+                    for update in self._engine.step():
+                        output = self._take(update, live)
+                        if output is not None:
+                            yield output
+        finally:
+            for request_id in live:
+                self._engine.finish_request(request_id)
+                self._outputs.drop(request_id)
+            self._streaming = False
+
+    # -- around --------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        scheduler, capacity = self._engine.scheduler, self._executor.capacity
+        stats = scheduler.stats
+        return EngineStats(
+            prompt_tokens=stats.prompt_tokens,
+            output_tokens=stats.output_tokens,
+            steps=sum(stats.steps.values()),
+            prefill_steps=stats.steps[Phase.PREFILL],
+            decode_steps=stats.steps[Phase.DECODE],
+            blocks_sent_home=stats.blocks_sent_home,
+            blocks_refilled=stats.blocks_refilled,
+            requests_left_batch=scheduler.memory.num_left,
+            requests_restarted=scheduler.memory.num_restarted,
+            num_device_blocks=capacity.num_device_blocks,
+            num_window_blocks=capacity.num_window_blocks,
+            num_host_blocks=capacity.num_host_blocks,
+            elapsed_seconds=self._executor.now() - self._started_seconds,
+        )
+
+    def shutdown(self) -> None:
+        """Ends the stages. Idempotent."""
+        self._executor.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    # -- inner ---------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
+        if config.skip_tokenizer_init:
+            return None
+        source = Path(config.tokenizer) if config.tokenizer else folder
+        return Tokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+
+    def _in_order(self, requests: Iterable[GenerationRequest]) -> list[RequestOutput]:
+        outputs = sorted(self.stream(requests), key=lambda output: int(output.request_id))
+        for output in outputs:
+            if output.error is not None:
+                raise RequestError(f"prompt {output.request_id}: {output.error}", param=output.error.param)
+        return outputs
+
+    def _submit(self, request: GenerationRequest, live: dict[int, _Live]) -> RequestOutput | None:
+        """Queues one request, or gives the output that says why not."""
+        text = request.prompt if isinstance(request.prompt, str) else None
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        token_ids: list[int] = []
+        try:
+            token_ids = self._encode(request)
+            state = self._state(request_id, token_ids, request.sampling_params)
+            self._outputs.add(request_id, request.sampling_params, token_ids)
+        except RequestError as error:
+            return RequestOutput(
+                request_id=request.request_id, prompt=text, prompt_token_ids=token_ids, outputs=[], error=error
+            )
+        self._engine.add_request(state)
+        live[request_id] = _Live(request.request_id, text, token_ids)
+        return None
+
+    def _encode(self, request: GenerationRequest) -> list[int]:
+        if (request.prompt is None) == (request.messages is None):
+            raise RequestError("give a prompt or messages, one of the two")
+        if request.prompt is not None and not isinstance(request.prompt, str):
+            return [int(token_id) for token_id in request.prompt]
+        if self._tokenizer is None:
+            raise RequestError("without a tokenizer (skip_tokenizer_init) prompts must be token ids", param="prompt")
+        if request.messages is not None:
+            return self._tokenizer.apply_chat_template(request.messages, **dict(request.chat_template_kwargs or {}))
+        assert isinstance(request.prompt, str)
+        return self._tokenizer.encode(request.prompt)
+
+    def _state(self, request_id: int, token_ids: list[int], sampling: SamplingParams) -> RequestState:
+        if not token_ids:
+            raise RequestError("the prompt is empty: there is no token to start from", param="prompt")
+        vocab_size = self._executor.vocab_size
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            raise RequestError(f"prompt token ids must be in [0, {vocab_size - 1}]", param="prompt")
+        room = self.max_model_len - len(token_ids)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; with max_model_len {self.max_model_len} "
+                f"at most {self.max_model_len - 1} leave room for an answer",
+                param="prompt",
+            )
+        end_tokens = () if sampling.ignore_eos or self._tokenizer is None else self._tokenizer.eos_token_ids
+        return RequestState(
+            request_id=request_id,
+            prompt_token_ids=np.array(token_ids, dtype=np.int32),
+            sampling=sampling,
+            seed=sampling.seed if sampling.seed is not None else (self._seed << 32) + request_id,
+            stop_token_ids=frozenset(end_tokens) | frozenset(sampling.stop_token_ids),
+            max_outputs=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+        )
+
+    def _take(self, news: EngineUpdate, live: dict[int, _Live]) -> RequestOutput | None:
+        update = news.update
+        request_id = update.request_id
+        reason, stop_reason = update.finish_reason, update.stop_reason
+        if update.error is not None:
+            request = live.pop(request_id)
+            self._outputs.drop(request_id)
+            return request.output(error=RequestError(update.error))
+        assert update.token_id is not None
+        stop_string = self._outputs.append(request_id, update.token_id, news.logprobs)
+        if reason is None and stop_string is None:
+            return None
+        request = live.pop(request_id)
+        if stop_string is not None and reason is not FinishReason.STOP:
+            self._engine.finish_request(request_id)
+            completion = self._outputs.finish(request_id, FinishReason.STOP, stop_string)
+        else:
+            assert reason is not None
+            completion = self._outputs.finish(request_id, reason, stop_reason)
+        output = request.output()
+        output.outputs.append(completion)
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+
+    def output(self, *, error: RequestError | None = None) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id, prompt=self.prompt, prompt_token_ids=self.prompt_token_ids, error=error
+        )
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    if config.max_model_len is None:
+        return spec.max_position_embeddings
+    if config.max_model_len > spec.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is above the model's {spec.max_position_embeddings} positions"
+        )
+    return config.max_model_len
+
+
+def _as_prompts(prompts: Any) -> list[str | Sequence[int]]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]
+    return list(prompts)
+
+
+def _pair(
+    items: list[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Any, SamplingParams]]:
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [(item, sampling_params or SamplingParams()) for item in items]
+    if len(sampling_params) != len(items):
+        raise RequestError(f"{len(items)} prompts and {len(sampling_params)} sampling_params: give one for each")
+    return list(zip(items, sampling_params, strict=True))
