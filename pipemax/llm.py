@@ -116,8 +116,12 @@ class LLM:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_plans_per_batch=2 if config.async_scheduling else 1,
             phase_policy=PrefillFirst(),
-            balancer=Balancer(num_batches=self._num_batches, max_rows=config.max_num_seqs),
-            prefetch_budget=PrefetchBudget(blocks_per_step=max(1, 2 * capacity.num_window_blocks)),
+            balancer=Balancer(
+                num_batches=self._num_batches,
+                max_rows=config.max_num_seqs,
+                live_blocks=capacity.num_device_blocks + (self._num_batches - 1) * capacity.num_window_blocks,
+            ),
+            prefetch_budget=PrefetchBudget(blocks_per_step=capacity.num_window_blocks + self._max_blocks),
             output_length=OutputLengthEstimate(),
         )
         self._engine = Engine(scheduler=scheduler, executor=self._executor)

@@ -1,20 +1,29 @@
-"""`Balancer`: how many members each batch in flight should have.
+"""`Balancer`: how much each batch in flight should hold.
 
-The batches must take equally long on every stage, or the pipeline bubbles. This one equalises request counts: members that a batch
-has too many leave for READY, and the batch that is short draws from there, oldest first.
+The batches must take equally long on every stage, or the pipeline bubbles. Two measures, because a step's time has two parts: rows
+(weights are read once for all of them) and KV blocks (attention reads each). Blocks are shared out by what memory can hold alive,
+`R + N*W` for N batches (DESIGN section 1): every batch may fill an Nth of it.
 """
 
 from __future__ import annotations
 
 
 class Balancer:
-    """Equal counts over `num_batches`, at most `max_rows` each."""
+    """Equal shares over `num_batches`; at most `max_rows` rows each.
 
-    def __init__(self, *, num_batches: int, max_rows: int) -> None:
+    live_blocks   KV blocks that all batches together may hold: resident ones, and the window once for each batch
+    """
+
+    def __init__(self, *, num_batches: int, max_rows: int, live_blocks: int) -> None:
         self._num_batches = num_batches
         self._max_rows = max_rows
+        self._blocks_per_batch = live_blocks // num_batches
 
     def target_rows(self, *, num_ready: int, num_running: int) -> int:
         """Members that a batch should have when all of them share what is there."""
         share = -(-(num_ready + num_running) // self._num_batches)
         return min(share, self._max_rows)
+
+    def may_join(self, *, batch_blocks: int, request_blocks: int) -> bool:
+        """Whether a batch that holds `batch_blocks` should take a request on. An empty batch always may."""
+        return batch_blocks == 0 or batch_blocks + request_blocks <= self._blocks_per_batch

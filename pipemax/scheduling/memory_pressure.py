@@ -60,6 +60,9 @@ class MemoryPressure:
             return True
         return self._reserved_blocks + self._expected_blocks(request) <= self._kv.host.num_blocks
 
+    def num_blocks(self, requests: Iterable[RequestState]) -> int:
+        return sum(self._kv.table(request.request_id).num_blocks for request in requests)
+
     def num_absent(self, requests: Iterable[RequestState]) -> int:
         return sum(self._kv.table(r.request_id).num_absent for r in requests if r.request_id in self._holders)
 
@@ -243,13 +246,15 @@ class MemoryPressure:
             )
 
     def _youngest_running(self, *, younger_than: RequestState) -> RequestState | None:
-        candidates = [
-            request
-            for batch in self._population.batches
-            for request in batch.values()
-            if request.request_id > younger_than.request_id and request.request_id not in self._rows
-        ]
-        return max(candidates, key=lambda request: request.request_id, default=None)
+        """Of the batch that holds most, so that the batches stay equal."""
+        candidates = (
+            [r for r in batch.values() if r.request_id > younger_than.request_id and r.request_id not in self._rows]
+            for batch in sorted(self._population.batches, key=lambda batch: -self.num_blocks(batch.values()))
+        )
+        for younger in candidates:
+            if younger:
+                return max(younger, key=lambda request: request.request_id)
+        return None
 
     def _make_host_room(self, request: RequestState) -> bool:
         """One free home for a running request; restarts the youngest, which may be the request itself."""

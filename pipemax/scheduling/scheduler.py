@@ -327,14 +327,19 @@ class Scheduler:
     def _join_ready(self, rows: list[_Row], batch_id: int, *, target: int) -> None:
         """Fills the batch from READY, oldest first, while device, window and link have room."""
         population, memory = self._population, self._memory
+        batch_blocks = memory.num_blocks([row.request for row in rows])
         for request in list(population.ready):
-            if len(rows) >= target:
+            request_blocks = memory.num_blocks([request])
+            if len(rows) >= target or not self._balancer.may_join(
+                batch_blocks=batch_blocks, request_blocks=request_blocks
+            ):
                 break
             recent = request.last_sample_step + self._capacity.num_stages > self._next_step + 1
             if recent and population.num_running:
                 continue  # its token is still under way: taking it now would make the first stage wait for it
             if not memory.admit(request, at_most=1, keep_free=memory.growth_reserve()):
                 break
+            batch_blocks += request_blocks
             population.join(request, batch_id)
             memory.joined(request)
             rows.append(_Row(request, 1))

@@ -74,7 +74,11 @@ def run(job) -> tuple[Scheduler, CheckingExecutor, dict[int, list[int]]]:
         max_num_batched_tokens=job["max_tokens_a_step"],
         max_plans_per_batch=job["max_plans"],
         phase_policy=PrefillFirst(),
-        balancer=Balancer(num_batches=job["num_batches"], max_rows=job["max_num_seqs"]),
+        balancer=Balancer(
+            num_batches=job["num_batches"],
+            max_rows=job["max_num_seqs"],
+            live_blocks=job["device"] + (job["num_batches"] - 1) * job["window"],
+        ),
         prefetch_budget=PrefetchBudget(blocks_per_step=max(job["budget"], job["window"])),
         output_length=OutputLengthEstimate(prior_tokens=8),
     )
@@ -147,7 +151,7 @@ def check_pools(scheduler: Scheduler) -> None:
     assert all(table.num_absent == len(table.absent_blocks()) for table in tables)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=6000, deadline=None)
 @given(jobs())
 def test_every_request_comes_through_whatever_memory_it_has(job):
     scheduler, _, _ = run(job)
