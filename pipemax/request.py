@@ -32,6 +32,10 @@ class RequestError(ValueError):
         self.param = param
 
 
+class GenerationError(RequestError):
+    """A request that was right failed while it ran (logits that are not numbers). Other requests are not affected."""
+
+
 def _integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(f"{name} must be an integer, got {value!r}", param=name)
