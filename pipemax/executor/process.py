@@ -1,0 +1,409 @@
+"""`ProcessExecutor`: one process a stage, plans down private pipes, reports back up.
+
+    control plane                          stage processes
+    submit --pickled once--> control pipe ---> stage 0, 1, ... N-1
+    wait   <--in plan order-- report pipes <-- a report a stage and step
+
+A result comes out when every stage has reported its step. A stage that fails or dies ends all of them, and the caller
+gets an ExecutorError that names it. Stage processes come from a fork server that has the heavy modules imported.
+
+Here live processes and what becomes of them. Never here: what a stage does (`worker/`), how much memory it gets
+(`sizing.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from pipemax.config import ConfigError, LoadFormat
+from pipemax.executor.base import ExecutorError
+from pipemax.executor.sizing import KVWishes, available_cores, free_host_bytes, size_kv
+from pipemax.model_spec import ModelSpec
+from pipemax.plan import Capacity, Int64Array, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from pipemax.worker.stage_process import StageFailure, StageSettings
+    from pipemax.worker.stage_worker import StageReport
+
+_PRELOAD = ["torch", "transformers.models.auto.modeling_auto", "pipemax.worker.stage_process"]
+# When a stage dies, the others fail over broken links at the same moment; the cause may be told a little later.
+_DIAGNOSIS_SECONDS = 1.0
+_POLITE_SECONDS = 2.0
+
+_Message = TypeVar("_Message")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """One process and the parent's ends of its pipes."""
+
+    index: int
+    process: ForkServerProcess
+    control: Connection
+    reports: Connection
+
+
+class _StageGroup:
+    """All stage processes: they live and end together."""
+
+    def __init__(self, settings: Sequence[StageSettings]) -> None:
+        self._owner_pid = os.getpid()
+        self._stages: list[_Stage] = []
+        self._failures: dict[int, StageFailure] = {}
+        self._exit_codes: dict[int, int] = {}
+        self._broken = False
+        self._error: ExecutorError | ConfigError | None = None
+        try:
+            for one in settings:
+                self._stages.append(_start_stage(one))
+        except BaseException:
+            self.end()
+            raise
+
+    def send(self, message: bytes) -> None:
+        """The same bytes to every stage. Raises ExecutorError when one is gone."""
+        try:
+            for stage in self._stages:
+                stage.control.send_bytes(message)
+        except OSError:
+            raise self._end_and_explain() from None
+
+    def receive(self) -> list[tuple[int, object]]:
+        """Blocks until a stage has said something; (stage, message) pairs, in order for each stage.
+
+        Raises ConfigError when a stage found the user's settings or files at fault, ExecutorError when one has failed
+        or died; all stages have been ended then.
+        """
+        while True:
+            if self._broken:
+                raise self._end_and_explain()
+            messages = self._receive_until(None)
+            if messages:
+                return messages
+
+    def collect(self, kind: type[_Message]) -> list[_Message]:
+        """One message of this kind from every stage, in stage order. Raises as `receive` does."""
+        got: dict[int, _Message] = {}
+        while len(got) < len(self._stages):
+            for index, message in self.receive():
+                assert isinstance(message, kind) and index not in got
+                got[index] = message
+        return [got[index] for index in range(len(self._stages))]
+
+    def end(self) -> None:
+        """Ends every process: by closing its pipe, else by signals. Idempotent; never raises."""
+        if os.getpid() != self._owner_pid:
+            return  # a fork of the parent: the stages are not its own
+        for stage in self._stages:
+            with contextlib.suppress(OSError):
+                stage.control.close()
+        for ask in (None, ForkServerProcess.terminate, ForkServerProcess.kill):
+            deadline = time.monotonic() + _POLITE_SECONDS
+            for stage in self._stages:
+                if ask is not None and stage.process.exitcode is None:
+                    ask(stage.process)
+            for stage in self._stages:
+                stage.process.join(max(0.0, deadline - time.monotonic()))
+        for stage in self._stages:
+            with contextlib.suppress(OSError):
+                stage.reports.close()
+
+    def _receive_until(self, deadline_seconds: float | None) -> list[tuple[int, object]]:
+        """What stages have said, waiting for it if need be; notes failures and ends."""
+        timeout = None if deadline_seconds is None else max(0.0, deadline_seconds - time.monotonic())
+        watched: list[Connection | int] = [
+            stage.process.sentinel for stage in self._stages if stage.index not in self._exit_codes
+        ]
+        watched += [stage.reports for stage in self._stages if not stage.reports.closed]
+        ready = connection.wait(watched, timeout)
+        messages: list[tuple[int, object]] = []
+        for stage in self._stages:
+            # The exit code first: what the stage has said by then is all that it ever says.
+            code = stage.process.exitcode if stage.process.sentinel in ready else None
+            if not self._drain(stage, messages):
+                self._broken = True
+            if code is not None:
+                self._broken = True
+                self._exit_codes[stage.index] = code
+        return messages
+
+    def _drain(self, stage: _Stage, messages: list[tuple[int, object]]) -> bool:
+        """Takes all that the stage has said so far; False when it will say no more."""
+        from pipemax.worker.stage_process import StageFailure
+
+        if stage.reports.closed:
+            return False
+        try:
+            while stage.reports.poll():
+                message = stage.reports.recv()
+                if isinstance(message, StageFailure):
+                    self._failures[stage.index] = message
+                    return False
+                messages.append((stage.index, message))
+        except (EOFError, OSError):
+            stage.reports.close()
+            return False
+        return True
+
+    def _end_and_explain(self) -> ExecutorError | ConfigError:
+        """Finds out which stage was the first to go and why, and ends them all."""
+        deadline = time.monotonic() + _DIAGNOSIS_SECONDS
+        while self._error is None and time.monotonic() < deadline:
+            self._receive_until(min(deadline, time.monotonic() + 0.05))
+            self._error = self._cause()
+        self.end()
+        if self._error is None:
+            self._error = self._cause_of_last_resort()
+        return self._error
+
+    def _cause(self) -> ExecutorError | ConfigError | None:
+        """The failure that is not the echo of another; None when there is none (yet)."""
+        for stage in self._stages:
+            failure, code = self._failures.get(stage.index), self._exit_codes.get(stage.index)
+            if failure is not None and failure.config_error:
+                return ConfigError(failure.message)
+            if failure is not None and not failure.is_echo:
+                return _stage_error(stage.index, failure)
+            if failure is None and code is not None:
+                return ExecutorError(f"stage {stage.index} {_describe_exit(code)}")
+        return None
+
+    def _cause_of_last_resort(self) -> ExecutorError:
+        """When nothing but echoes is to be heard: a stage lives and does not answer."""
+        for index, failure in sorted(self._failures.items()):
+            return _stage_error(index, failure)
+        return ExecutorError("a stage closed its pipe and did not end; all stages have been ended")
+
+
+@dataclass(slots=True)
+class _SubmittedStep:
+    """A plan that is on its way; `reports` fills up, one a stage."""
+
+    step_id: int
+    batch_id: int
+    sampled_request_ids: Int64Array
+    reports: list[StageReport | None]
+
+
+class ProcessExecutor:
+    """Executor over stage processes on this machine. Make one with `start`."""
+
+    def __init__(self, stages: _StageGroup, capacity: Capacity) -> None:
+        self._stages = stages
+        self._capacity = capacity
+        self._submitted: deque[_SubmittedStep] = deque()
+        self._finalizer = weakref.finalize(self, stages.end)
+
+    @classmethod
+    def start(
+        cls,
+        *,
+        model_dir: Path,
+        spec: ModelSpec,
+        max_model_len: int,
+        num_stages: int = 1,
+        num_batches: int | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        seed: int = 0,
+        load_format: LoadFormat = LoadFormat.AUTO,
+        trust_remote_code: bool = False,
+        block_size: int = 16,
+        num_device_blocks: int | None = None,
+        num_window_blocks: int | None = None,
+        host_memory_gib: float | None = None,
+        max_num_seqs: int = 256,
+        threads_per_stage: int | None = None,
+    ) -> ProcessExecutor:
+        """Starts and loads all stages; parameters are named and meant as in `EngineConfig`. `spec` is the model's.
+
+        Raises ConfigError when the settings, the files or the memory do not do (nothing is left running then), and
+        ExecutorError when a stage fails otherwise.
+        """
+        # The server imports the heavy modules while this process imports what it needs of them.
+        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
+        forkserver.ensure_running()
+        from pipemax.worker.device import resolve_device
+        from pipemax.worker.loader import check_checkpoint
+        from pipemax.worker.stage_model import StageSlice, split_layers
+        from pipemax.worker.stage_process import KVSize, StageLoaded, StageReady, StageSettings
+
+        device = resolve_device(device, num_stages=num_stages)
+        layers_of = split_layers(spec.num_layers, num_stages)
+        check_checkpoint(model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=max_model_len)
+        with tempfile.TemporaryDirectory(prefix="pipemax-") as private_dir:  # mode 0700; gone when all are connected
+            stages = _StageGroup(
+                [
+                    StageSettings(
+                        stage=StageSlice(index, num_stages, layers),
+                        model_dir=model_dir,
+                        rendezvous=Path(private_dir) / "rendezvous",
+                        device=device,
+                        dtype=dtype,
+                        load_format=load_format,
+                        trust_remote_code=trust_remote_code,
+                        seed=seed,
+                        max_model_len=max_model_len,
+                        block_size=block_size,
+                        num_threads=threads_per_stage or max(1, available_cores() // num_stages),
+                        environment=dict(os.environ),
+                    )
+                    for index, layers in enumerate(layers_of)
+                ]
+            )
+            try:
+                loaded = stages.collect(StageLoaded)
+                free_device_bytes = [one.free_device_bytes for one in loaded if one.free_device_bytes is not None]
+                capacity = size_kv(
+                    KVWishes(
+                        block_size=block_size,
+                        max_model_len=max_model_len,
+                        max_num_seqs=max_num_seqs,
+                        num_batches=num_batches or num_stages,
+                        num_device_blocks=num_device_blocks,
+                        num_window_blocks=num_window_blocks,
+                        host_memory_gib=host_memory_gib,
+                    ),
+                    stage_block_bytes=[one.block_bytes for one in loaded],
+                    free_device_bytes=free_device_bytes or None,
+                    free_host_bytes=free_host_bytes(),
+                )
+                stages.send(pickle.dumps(KVSize(capacity.num_device_blocks, capacity.num_host_blocks)))
+                stages.collect(StageReady)
+            except BaseException:
+                stages.end()
+                raise
+        return cls(stages, capacity)
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    def submit(self, plan: StepPlan) -> None:
+        """Hands a plan to every stage. Raises ExecutorError when a stage is gone."""
+        self._stages.send(pickle.dumps(plan, protocol=pickle.HIGHEST_PROTOCOL))
+        self._submitted.append(
+            _SubmittedStep(
+                plan.step_id, plan.batch_id, plan.request_ids[plan.samples], [None] * self._capacity.num_stages
+            )
+        )
+
+    def wait(self) -> Sequence[StepResult]:
+        """Blocks until at least one submitted plan is done; gives all that are, in submission order.
+
+        Raises ExecutorError when a stage has died or failed, after the results that were complete by then.
+        """
+        assert self._submitted, "nothing has been submitted"
+        while not (results := list(self._take_done())):
+            for index, message in self._stages.receive():
+                self._note(index, message)
+        return results
+
+    def now(self) -> float:
+        """Seconds on this machine's monotonic clock, the one that stages report in."""
+        return time.monotonic()
+
+    def shutdown(self) -> None:
+        """Ends all stages. Idempotent; never raises."""
+        self._finalizer()
+
+    def _note(self, stage: int, message: object) -> None:
+        from pipemax.worker.stage_worker import StageReport
+
+        assert isinstance(message, StageReport)
+        for step in self._submitted:
+            if step.step_id == message.step_id:
+                assert step.reports[stage] is None
+                step.reports[stage] = message
+                return
+        raise AssertionError(f"stage {stage} reports step {message.step_id}, which was not submitted")
+
+    def _take_done(self) -> Iterator[StepResult]:
+        while self._submitted and None not in self._submitted[0].reports:
+            step = self._submitted.popleft()
+            reports = [report for report in step.reports if report is not None]
+            last = reports[-1]
+            assert last.token_ids is not None and len(last.token_ids) == len(step.sampled_request_ids)
+            yield StepResult(
+                step_id=step.step_id,
+                batch_id=step.batch_id,
+                request_ids=step.sampled_request_ids,
+                token_ids=last.token_ids.astype(np.int32, copy=False),
+                logprobs=last.logprobs,
+                row_errors=dict(last.row_errors or {}),
+                finished_seconds=max(report.finished_seconds for report in reports),
+                timings=tuple(report.timing for report in reports),
+            )
+
+
+def _start_stage(settings: StageSettings) -> _Stage:
+    from pipemax.worker.stage_process import run_stage_process
+
+    context = multiprocessing.get_context("forkserver")
+    child_control, control = context.Pipe(duplex=False)
+    reports, child_reports = context.Pipe(duplex=False)
+    process = context.Process(
+        target=run_stage_process,
+        args=(settings, child_control, child_reports),
+        name=f"pipemax-stage-{settings.stage.stage}",
+        daemon=True,
+    )
+    try:
+        with _main_module_hidden():
+            process.start()
+    except BaseException:
+        control.close()
+        reports.close()
+        raise
+    finally:
+        # The child has its own; with these open here, neither side would see the other's end.
+        child_control.close()
+        child_reports.close()
+    return _Stage(settings.stage.stage, process, control, reports)
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Keeps multiprocessing from importing the user's script again in each stage, which has no use for it.
+
+    So scripts need no `if __name__ == "__main__"` guard.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = type(sys)("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _stage_error(index: int, failure: StageFailure) -> ExecutorError:
+    lines = failure.message.splitlines() or [""]
+    return ExecutorError(f"stage {index} failed: {lines[0]}", details=failure.traceback)
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

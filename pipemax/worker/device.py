@@ -1,0 +1,355 @@
+"""Devices: streams of copies, events between them and compute, time measured on them.
+
+Transfers and stage workers are written once against these few nouns and run on a CPU as on a GPU:
+
+    compute   | work | record_compute -> a |              | b.wait: later work starts after b |
+    stream               wait(a) | copy | copy | record -> b
+
+On a CPU, compute is the caller's thread and a stream is one background thread with a queue; NumPy copies there, because
+it lets go of the interpreter lock and starts no threads of its own. Here live ordering, copying of blocks and clocks.
+Never here: which blocks to copy, or when (`transfer.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipemax.config import ConfigError
+from pipemax.plan import Int32Array
+
+# Below this mean size of a run, one gather and one scatter beat a Python loop over slices (measured: twice as fast at
+# 8 KiB, equal at 16 KiB, half as fast at 24 KiB and more, where the second pass over memory costs more than the loop).
+GATHER_BELOW_BYTES = 16 * 1024
+
+
+class CopyError(RuntimeError):
+    """A copy failed; whoever waits for it must not go on. The cause is chained."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRuns:
+    """Block copies, destination to source, as runs that are contiguous on both sides.
+
+    destinations, sources   int32 [n]  block ids, paired, sorted by destination
+    starts                  int64 [r+1] run i is the pairs [starts[i], starts[i+1])
+    """
+
+    destinations: Int32Array
+    sources: Int32Array
+    starts: np.ndarray[tuple[int], np.dtype[np.int64]]
+
+    @classmethod
+    def merge(cls, destinations: Int32Array, sources: Int32Array) -> BlockRuns:
+        """Destinations must differ from each other, so their order is free."""
+        order = np.argsort(destinations, kind="stable")
+        destinations, sources = destinations[order], sources[order]
+        breaks = np.flatnonzero((np.diff(destinations) != 1) | (np.diff(sources) != 1)) + 1
+        starts = np.concatenate(([0], breaks, [len(destinations)])) if len(destinations) else np.zeros(1)
+        return cls(destinations, sources, starts.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.destinations)
+
+    def slices(self) -> list[tuple[slice, slice]]:
+        """(destination, source) slice of each run."""
+        runs = []
+        for first, end in zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True):
+            destination, source = int(self.destinations[first]), int(self.sources[first])
+            runs.append(
+                (slice(destination, destination + end - first), slice(source, source + end - first)),
+            )
+        return runs
+
+
+class Event(Protocol):
+    """A point that a stream's work, or compute, has to pass."""
+
+    def wait(self) -> None:
+        """Compute waits: what is issued from here on starts after the event. Raises CopyError if that work failed."""
+        ...
+
+
+class CopyStream(Protocol):
+    """Copies in the order in which they were queued, beside compute. No call here blocks."""
+
+    def wait(self, event: Event) -> None:
+        """What is queued from here on starts after the event."""
+        ...
+
+    def copy_blocks(self, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
+        """Queues destination[d] = source[s] for every pair. Pools [n, ...], contiguous, same dtype and block shape."""
+        ...
+
+    def record(self) -> Event:
+        """The event that everything queued so far is done."""
+        ...
+
+    def close(self) -> None:
+        """Waits for what is queued and ends the stream. Never raises."""
+        ...
+
+
+class Stopwatch(Protocol):
+    """Adds up intervals of compute time."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def seconds(self) -> float:
+        """Sum of the intervals so far; blocks until compute has passed the last one."""
+        ...
+
+
+class Device(Protocol):
+    """What a stage runs on."""
+
+    @property
+    def torch_device(self) -> torch.device: ...
+
+    def copy_stream(self, name: str) -> CopyStream: ...
+
+    def record_compute(self) -> Event:
+        """The event that compute is done with everything issued so far."""
+        ...
+
+    def stopwatch(self) -> Stopwatch: ...
+
+    def free_bytes(self) -> int | None:
+        """Free memory of the device; None where it is host memory, which all stages share."""
+        ...
+
+    def allocate_home(self, num_bytes: int) -> Tensor:
+        """Host memory that copies of this device are fast from and to: uint8 [num_bytes], uninitialised."""
+        ...
+
+
+class CpuEvent:
+    """Done, or failed with an error, once and for all."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+
+    def finish(self, error: BaseException | None = None) -> None:
+        self._error = error
+        self._done.set()
+
+    def wait(self) -> None:
+        self._done.wait()
+        if self._error is not None:
+            raise CopyError(f"a block copy failed: {self._error!r}") from self._error
+
+
+class CpuCopyStream:
+    """A thread and its queue. After a failure the rest of the queue is skipped and every later event fails too."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | CpuEvent | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def wait(self, event: Event) -> None:
+        self._jobs.put(event.wait)
+
+    def copy_blocks(self, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
+        to, of = _rows(destination), _rows(source)
+        assert to.shape[1] == of.shape[1]
+        self._jobs.put(lambda: _copy_rows(to, of, runs))
+
+    def record(self) -> Event:
+        event = CpuEvent()
+        self._jobs.put(event)
+        return event
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        error: BaseException | None = None
+        while (job := self._jobs.get()) is not None:
+            if isinstance(job, CpuEvent):
+                job.finish(error)
+            elif error is None:
+                try:
+                    job()
+                except CopyError as failure:  # another stream's: keep its cause
+                    error = failure.__cause__
+                except BaseException as failure:
+                    error = failure
+
+
+class CpuStopwatch:
+    def __init__(self) -> None:
+        self._started_seconds = 0.0
+        self._sum_seconds = 0.0
+
+    def start(self) -> None:
+        self._started_seconds = time.monotonic()
+
+    def stop(self) -> None:
+        self._sum_seconds += time.monotonic() - self._started_seconds
+
+    def seconds(self) -> float:
+        return self._sum_seconds
+
+
+class CpuDevice:
+    """Compute in the caller's thread: what was issued is done."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def copy_stream(self, name: str) -> CopyStream:
+        return CpuCopyStream(name)
+
+    def record_compute(self) -> Event:
+        event = CpuEvent()
+        event.finish()
+        return event
+
+    def stopwatch(self) -> Stopwatch:
+        return CpuStopwatch()
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def allocate_home(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+class CudaEvent:
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def wait(self) -> None:
+        self.event.wait()
+
+
+class CudaCopyStream:
+    """A CUDA stream and one asynchronous copy a run. Home memory has to be pinned."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        self._stream.wait_event(event.event)
+
+    def copy_blocks(self, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
+        with torch.cuda.stream(self._stream):
+            for to, of in runs.slices():
+                destination[to].copy_(source[of], non_blocking=True)
+
+    def record(self) -> Event:
+        return CudaEvent(self._stream.record_event())
+
+    def close(self) -> None:
+        self._stream.synchronize()
+
+
+class CudaStopwatch:
+    def __init__(self) -> None:
+        self._intervals: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        self._intervals.append((first, last))
+
+    def stop(self) -> None:
+        self._intervals[-1][1].record()
+
+    def seconds(self) -> float:
+        total_milliseconds = 0.0
+        for first, last in self._intervals:
+            last.synchronize()
+            total_milliseconds += first.elapsed_time(last)
+        return total_milliseconds / 1e3
+
+
+class CudaDevice:
+    """Compute is the current stream of one GPU."""
+
+    def __init__(self, index: int) -> None:
+        self._torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self._torch_device)
+
+    @property
+    def torch_device(self) -> torch.device:
+        return self._torch_device
+
+    def copy_stream(self, name: str) -> CopyStream:
+        return CudaCopyStream(self._torch_device)
+
+    def record_compute(self) -> Event:
+        return CudaEvent(torch.cuda.current_stream().record_event())
+
+    def stopwatch(self) -> Stopwatch:
+        return CudaStopwatch()
+
+    def free_bytes(self) -> int | None:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._torch_device)[0]
+
+    def allocate_home(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def open_device(kind: str, *, index: int) -> Device:
+    """The device of a stage; `kind` as `resolve_device` gives it."""
+    if kind == "cpu":
+        return CpuDevice()
+    assert kind == "cuda"
+    return CudaDevice(index)
+
+
+def resolve_device(requested: str, *, num_stages: int) -> str:
+    """ "auto", "cpu" or "cuda" to "cpu" or "cuda". Raises ConfigError when there are fewer GPUs than stages."""
+    gpus = torch.cuda.device_count() if requested != "cpu" and torch.cuda.is_available() else 0
+    if requested == "cpu" or (requested == "auto" and gpus == 0):
+        return "cpu"
+    if gpus < num_stages:
+        raise ConfigError(
+            f"pipeline_parallel_size {num_stages} needs {num_stages} GPUs and this machine shows {gpus}: "
+            "lower it, or set device to cpu"
+        )
+    return "cuda"
+
+
+def set_threads(num_threads: int) -> None:
+    """CPU threads of this process's tensor operations. Call before the first one."""
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    torch.set_num_threads(num_threads)
+
+
+def _rows(pool: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """The pool's blocks as rows of bytes [n, block_bytes]; NumPy knows no bfloat16."""
+    assert pool.is_contiguous() and pool.device.type == "cpu"
+    rows: np.ndarray[tuple[int, int], np.dtype[np.uint8]] = pool.view(len(pool), -1).view(torch.uint8).numpy()
+    return rows
+
+
+def _copy_rows(
+    destination: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
+    source: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
+    runs: BlockRuns,
+) -> None:
+    num_runs = len(runs.starts) - 1
+    if num_runs > 1 and len(runs) * destination.shape[1] < num_runs * GATHER_BELOW_BYTES:
+        destination[runs.destinations] = source[runs.sources]
+        return
+    for to, of in runs.slices():
+        destination[to] = source[of]

@@ -1,0 +1,198 @@
+"""The process of a stage: loads, sets up, runs plans; ends with its parent.
+
+    control pipe --> reader thread --> queue --> StageWorker.run_step --> report pipe
+                        | end of file: the parent is gone or wants no more; the process ends at once
+
+Here live the messages between a stage process and its executor, and the process's life. Never here: what a step does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from pipemax.attention.reference import ReferenceAttention
+from pipemax.config import ConfigError, LoadFormat
+from pipemax.plan import StepPlan
+from pipemax.worker.device import open_device, set_threads
+from pipemax.worker.kv_store import KVStore
+from pipemax.worker.stage_model import StageModel, StageSlice
+from pipemax.worker.stage_worker import StageWorker
+from pipemax.worker.transport import LinkError, StageLinks
+
+
+@dataclass(frozen=True, slots=True)
+class StageLoaded:
+    """The stage is connected and its weights are in place; memory for KV may now be divided."""
+
+    block_bytes: int
+    free_device_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageReady:
+    """The stage has its KV memory and waits for plans."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageFailure:
+    """Why a stage ends.
+
+    `config_error`: the user's settings or files are at fault. `is_echo`: a link broke, so another stage failed before.
+    """
+
+    message: str
+    traceback: str
+    config_error: bool
+    is_echo: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KVSize:
+    """Blocks of KV memory, the same on every stage."""
+
+    num_device_blocks: int
+    num_host_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSettings:
+    """What a stage process has to know before it is sent anything. `environment` is the parent's."""
+
+    stage: StageSlice
+    model_dir: Path
+    rendezvous: Path
+    device: str
+    dtype: str
+    load_format: LoadFormat
+    trust_remote_code: bool
+    seed: int
+    max_model_len: int
+    block_size: int
+    num_threads: int
+    environment: Mapping[str, str]
+
+
+def run_stage_process(settings: StageSettings, control: Connection, reports: Connection) -> None:
+    """Entry of a stage process: loads, takes its KV size, then runs plans until the control pipe ends.
+
+    Messages on `control`: a KVSize, then StepPlans, pickled. On `reports`: StageLoaded, StageReady, StageReports, or a
+    StageFailure before the process ends with exit code 1.
+    """
+    os.environ.clear()
+    os.environ.update(settings.environment)
+    _quiet_process()
+    set_threads(settings.num_threads)
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read_control, args=(control, inbox), name="control", daemon=True).start()
+    try:
+        _serve(settings, inbox, reports)
+    except BaseException as error:
+        failure = StageFailure(
+            message=str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}",
+            traceback=traceback.format_exc(),
+            config_error=isinstance(error, ConfigError),
+            is_echo=isinstance(error, LinkError),
+        )
+        with contextlib.suppress(OSError):
+            reports.send(failure)
+        # Without the interpreter's own end: other threads may be inside gloo or a copy.
+        os._exit(1)
+
+
+def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Connection) -> None:
+    stage = settings.stage
+    links = StageLinks(stage=stage.stage, num_stages=stage.num_stages, rendezvous=settings.rendezvous)
+    device = open_device(settings.device, index=stage.stage)
+    model = StageModel.load(
+        model_dir=settings.model_dir,
+        stage=stage,
+        load_format=settings.load_format,
+        dtype=settings.dtype,
+        device=device.torch_device,
+        seed=settings.seed,
+        trust_remote_code=settings.trust_remote_code,
+        max_model_len=settings.max_model_len,
+    )
+    geometry = model.spec.kv_geometry(block_size=settings.block_size, dtype_bytes=model.dtype.itemsize)
+    reports.send(StageLoaded(geometry.block_bytes(stage.layers), device.free_bytes()))
+    size = pickle.loads(inbox.get())
+    assert isinstance(size, KVSize)
+    store = KVStore(
+        geometry=geometry,
+        layers=stage.layers,
+        num_device_blocks=size.num_device_blocks,
+        num_host_blocks=size.num_host_blocks,
+        dtype=model.dtype,
+        device=device.torch_device,
+        allocate_home=device.allocate_home,
+    )
+    worker = StageWorker(
+        stage=stage,
+        model=model,
+        device=device,
+        pools=store,
+        block_size=settings.block_size,
+        backend=ReferenceAttention(device.torch_device),
+        links=links,
+    )
+    reports.send(StageReady())
+    _run_plans(worker, inbox, reports)
+
+
+def _run_plans(worker: StageWorker, inbox: queue.SimpleQueue[bytes], reports: Connection) -> None:
+    """Plans in order, each one's input awaited as soon as the plan is known. Ends only by an exception."""
+    coming: deque[StepPlan] = deque()
+    num_posted = 0
+    while True:
+        if not coming:
+            coming.append(_as_plan(inbox.get()))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                coming.append(_as_plan(inbox.get_nowait()))
+        while num_posted < len(coming) and worker.post_input(coming[num_posted]):
+            num_posted += 1
+        num_posted -= 1
+        reports.send(worker.run_step(coming.popleft()))
+
+
+def _as_plan(message: bytes) -> StepPlan:
+    plan = pickle.loads(message)
+    assert isinstance(plan, StepPlan)
+    return plan
+
+
+def _read_control(control: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            inbox.put(control.recv_bytes())
+    # The other end is closed: the executor shuts down, or its process was killed. What the main thread waits for will
+    # never come, so nothing is asked of it.
+    os._exit(0)
+
+
+def _quiet_process() -> None:
+    """Standard output belongs to the parent's user, Ctrl-C to the parent; a crash in native code leaves a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    sys.stdout = sys.stderr
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]

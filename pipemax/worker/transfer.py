@@ -1,0 +1,178 @@
+"""`TransferEngine`: block copies between device and home, beside compute, layer by layer.
+
+Two streams, one a direction. Layer l of step k:
+
+    compute   ...| enter(l) | append, attend | leave(l) | layers l+1 ...        next step: enter(l)
+                 waits for                     |     |                                     waits for both
+                 home(k-1), refill(k-1) of l   v     |
+    home                                     copies of write_home(k) -----------------------> |
+    refill                                           v                                        |
+                                             after home(k-1) of l: copies of refill(k) -----> |
+
+These are the orders of `plan.py` and no more: compute -> home -> next compute, compute -> refill -> next compute,
+home -> next refill. In a COPY step nothing computes, so the streams wait for each other instead and the caller goes on.
+
+Never here: which blocks to move (the control plane says), how bytes are moved (`device.py`), attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from pipemax.plan import Int32Array, StepPlan
+from pipemax.worker.device import BlockRuns, CopyStream, Device, Event
+
+
+class KVPools(Protocol):
+    """Both sides of a stage's KV; layers by global index."""
+
+    def device_pool(self, layer: int) -> Tensor:
+        """[num_device_blocks, 2, block_size, num_kv_heads, head_dim] on the device."""
+        ...
+
+    def home_pool(self, layer: int) -> Tensor:
+        """[num_host_blocks, 2, block_size, num_kv_heads, head_dim] in host memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepTransfers:
+    """What one step's copies came to. The wait is compute's, for copies of the step before."""
+
+    window_wait_seconds: float
+    refill_bytes: int
+    home_bytes: int
+
+
+class TransferEngine:
+    """Keeps compute and copies of one stage in order (`LayerFences` for the hook).
+
+    A step is begin_step, then enter and leave of every layer in order, then finish_step; copies go on after it.
+    """
+
+    def __init__(self, *, device: Device, pools: KVPools, layers: range) -> None:
+        self._device = device
+        self._pools = pools
+        self._layers = layers
+        self._block_bytes = sum(pools.device_pool(layer)[0].nbytes for layer in layers)
+        self._home_stream: CopyStream = device.copy_stream("home")
+        self._refill_stream: CopyStream = device.copy_stream("refill")
+        self._home_done: dict[int, Event] = {}
+        self._refill_done: dict[int, Event] = {}
+        self._home_runs: BlockRuns | None = None
+        self._refill_runs: BlockRuns | None = None
+        self._next_layer = layers.stop
+        self._wait_clock = device.stopwatch()
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Takes up the plan's copies."""
+        assert self._next_layer == self._layers.stop, "the step before has not left every layer"
+        self._check(plan)
+        self._home_runs = self._refill_runs = None
+        if len(plan.write_home):
+            self._home_runs = BlockRuns.merge(plan.write_home.homes, plan.write_home.slots)
+        if len(plan.refill):
+            self._refill_runs = BlockRuns.merge(plan.refill.slots, plan.refill.homes)
+        self._wait_clock = self._device.stopwatch()
+        self._next_layer = self._layers.start
+
+    def enter(self, layer: int) -> None:
+        """Compute may use the layer's slots after this. Raises CopyError when a copy has failed."""
+        assert layer == self._next_layer
+        if layer in self._home_done or layer in self._refill_done:
+            self._wait_clock.start()
+            self._compute_waits_for_home(layer)
+            self._compute_waits_for_refill(layer)
+            self._wait_clock.stop()
+
+    def leave(self, layer: int) -> None:
+        """Compute is done with the layer's slots: its copies may start."""
+        assert layer == self._next_layer
+        self._next_layer = layer + 1
+        if self._home_runs is None and self._refill_runs is None:
+            return
+        computed = self._device.record_compute()
+        self._home_stream.wait(computed)
+        self._refill_stream.wait(computed)
+        self._copy(layer)
+
+    def finish_step(self) -> StepTransfers:
+        """Ends the step; a step without rows issues its copies here. Does not wait for copies."""
+        if self._next_layer == self._layers.start:
+            for layer in self._layers:
+                # Nothing computed between the step before and these copies: its refill still has to come first.
+                if layer in self._refill_done:
+                    self._home_stream.wait(self._refill_done[layer])
+                self._copy(layer)
+            self._next_layer = self._layers.stop
+        assert self._next_layer == self._layers.stop, "a layer was not left"
+        refilled = len(self._refill_runs) if self._refill_runs else 0
+        homed = len(self._home_runs) if self._home_runs else 0
+        return StepTransfers(
+            window_wait_seconds=self._wait_clock.seconds(),
+            refill_bytes=refilled * self._block_bytes,
+            home_bytes=homed * self._block_bytes,
+        )
+
+    def drain(self) -> None:
+        """Compute waits for every copy. Raises CopyError when one has failed."""
+        self._home_stream.record().wait()
+        self._refill_stream.record().wait()
+
+    def close(self) -> None:
+        """Ends the streams after what is queued. Never raises."""
+        self._home_stream.close()
+        self._refill_stream.close()
+
+    def _compute_waits_for_home(self, layer: int) -> None:
+        if (event := self._home_done.pop(layer, None)) is not None:
+            event.wait()
+
+    def _compute_waits_for_refill(self, layer: int) -> None:
+        if (event := self._refill_done.pop(layer, None)) is not None:
+            event.wait()
+
+    def _refill_waits_for_home(self, layer: int) -> None:
+        # After a step with rows compute has waited already; after a COPY step this is the only order between the two.
+        if (event := self._home_done.get(layer)) is not None:
+            self._refill_stream.wait(event)
+
+    def _copy(self, layer: int) -> None:
+        if self._refill_runs is not None:
+            self._refill_waits_for_home(layer)  # of the steps before: this step's is not queued yet
+            self._refill_stream.copy_blocks(
+                self._pools.device_pool(layer), self._pools.home_pool(layer), self._refill_runs
+            )
+            self._refill_done[layer] = self._refill_stream.record()
+        if self._home_runs is not None:
+            self._home_stream.copy_blocks(self._pools.home_pool(layer), self._pools.device_pool(layer), self._home_runs)
+            self._home_done[layer] = self._home_stream.record()
+
+    def _check(self, plan: StepPlan) -> None:
+        first = self._layers.start
+        num_slots, num_homes = len(self._pools.device_pool(first)), len(self._pools.home_pool(first))
+        home, refill, step = plan.write_home, plan.refill, f"step {plan.step_id}"
+        for name, copies in (("write_home", home), ("refill", refill)):
+            assert len(copies.slots) == len(copies.homes), f"{step}: {name} has not a home for each slot"
+            assert _in_range(copies.slots, num_slots), f"{step}: a slot of {name} is not in [0, {num_slots})"
+            assert _in_range(copies.homes, num_homes), f"{step}: a home of {name} is not in [0, {num_homes})"
+        assert _distinct(home.homes), f"{step} writes a home twice"
+        assert _distinct(refill.slots), f"{step} refills a slot twice"
+        assert _disjoint(home.slots, refill.slots), f"{step} refills a slot that it writes home"
+        assert _disjoint(home.homes, refill.homes), f"{step} refills from a home that it writes"
+
+
+def _in_range(ids: Int32Array, num_blocks: int) -> bool:
+    return not len(ids) or bool(ids.min() >= 0 and ids.max() < num_blocks)
+
+
+def _distinct(ids: Int32Array) -> bool:
+    return len(np.unique(ids)) == len(ids)
+
+
+def _disjoint(ids: Int32Array, others: Int32Array) -> bool:
+    return not len(ids) or not len(others) or not np.isin(ids, others).any()

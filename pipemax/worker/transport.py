@@ -1,0 +1,148 @@
+"""`StageLinks`: what stages send each other: activations down the pipeline, sampled tokens from its end to its start.
+
+    stage 0 --hidden--> stage 1 --hidden--> ... --hidden--> stage N-1
+       ^                                                       |
+       +------------------------ tokens -----------------------+
+
+One process group a link, so nothing on one link waits for another. Both ends of a link handle steps in plan order and
+know every shape from the plan: messages carry no metadata. A step without rows sends no activations, one without
+samples no tokens. Tensors are in host memory.
+
+Why any number of plans may be in flight: take the oldest step that some stage has not run. All older steps have run
+everywhere, so every older message has been received; its stage waits only for the stage before, which has run it. Token
+receives are posted as soon as the first stage has handed a step on, so the last stage never waits for the first.
+
+Here live groups, buffers in flight, timeouts. Never here: what the tensors mean, requests, plans.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# A peer that is not there by then has died or hangs; processes start together and connect before they load anything.
+CONNECT_TIMEOUT = timedelta(seconds=60)
+# No step takes this long; a dead peer is noticed at once, by its closed connection and by the parent.
+STEP_TIMEOUT = timedelta(hours=2)
+MAX_UNFINISHED_SENDS = 2
+MAX_POSTED_RECEIVES = 2
+
+
+class LinkError(RuntimeError):
+    """The stage at the other end of a link is gone. Its own error says why."""
+
+
+@dataclass(slots=True)
+class Transfer:
+    """A tensor on its way and the handle to wait for it; the tensor must live that long."""
+
+    tensor: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        """The tensor, once it is there (received) or free to be written again (sent). Raises LinkError."""
+        try:
+            self.work.wait(timeout=STEP_TIMEOUT)
+        except RuntimeError as error:
+            raise LinkError(f"a stage link broke: {error}") from error
+        return self.tensor
+
+
+class StageLinks:
+    """The links of one stage. Shapes: T tokens of a step, H hidden size, S sampled rows."""
+
+    def __init__(self, *, stage: int, num_stages: int, rendezvous: Path) -> None:
+        """Connects to the stages beside this one; all stages must be in this call. A single stage has no links.
+
+        `rendezvous` is an empty place in a private folder, the same for all stages. Sockets stay on the loopback
+        interface. Raises LinkError when a peer does not come.
+        """
+        self._stage = stage
+        self._num_stages = num_stages
+        self._hidden_shape: tuple[int, torch.dtype] | None = None
+        self._unfinished_sends: deque[Transfer] = deque()
+        self._posted_receives: deque[Transfer] = deque()
+        self._unfinished_tokens: deque[Transfer] = deque()
+        if num_stages == 1:
+            return
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(str(rendezvous), num_stages),  # type: ignore[attr-defined]
+                rank=stage,
+                world_size=num_stages,
+                timeout=CONNECT_TIMEOUT,
+            )
+            # Every stage makes every group, in one order, also those that it is not in: the order numbers them.
+            links = [
+                dist.new_group([sender, sender + 1], backend="gloo", timeout=CONNECT_TIMEOUT)
+                for sender in range(num_stages - 1)
+            ]
+            self._tokens = dist.new_group([0, num_stages - 1], backend="gloo", timeout=CONNECT_TIMEOUT)
+        except RuntimeError as error:  # dist.DistError is one
+            raise LinkError(f"stage {stage} could not connect to the other stages: {error}") from error
+        self._before = links[stage - 1] if stage > 0 else None
+        self._behind = links[stage] if stage < num_stages - 1 else None
+
+    def set_hidden(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """What activations look like; known once the model is."""
+        self._hidden_shape = (hidden_size, dtype)
+
+    def post_hidden(self, num_tokens: int) -> bool:
+        """Gets ready to receive the next step's activations; False when enough receives are posted already."""
+        if len(self._posted_receives) == MAX_POSTED_RECEIVES:
+            return False
+        assert self._before is not None and self._hidden_shape is not None
+        hidden_size, dtype = self._hidden_shape
+        hidden_TH = torch.empty(num_tokens, hidden_size, dtype=dtype)
+        self._posted_receives.append(self._receive(hidden_TH, self._stage - 1, self._before))
+        return True
+
+    def receive_hidden(self) -> Tensor:
+        """Activations [T, H] of the oldest posted receive. Blocks until they are there. Raises LinkError."""
+        return self._posted_receives.popleft().wait()
+
+    def send_hidden(self, hidden_TH: Tensor) -> None:
+        """Sends activations on; blocks while MAX_UNFINISHED_SENDS older ones are on their way. Raises LinkError."""
+        assert self._behind is not None and self._hidden_shape is not None
+        assert (hidden_TH.shape[1], hidden_TH.dtype) == self._hidden_shape
+        while len(self._unfinished_sends) >= MAX_UNFINISHED_SENDS:
+            self._unfinished_sends.popleft().wait()
+        self._unfinished_sends.append(self._send(hidden_TH.contiguous(), self._stage + 1, self._behind))
+
+    def send_tokens(self, token_ids_S: Tensor) -> None:
+        """Last stage: sends a step's sampled tokens, int32 [S], S > 0, to the first. Does not wait for it."""
+        assert self._stage == self._num_stages - 1 and token_ids_S.dtype == torch.int32
+        # The first stage posts a receive for every step right after it has run it, so older messages are gone by now.
+        while len(self._unfinished_tokens) >= MAX_UNFINISHED_SENDS:
+            self._unfinished_tokens.popleft().wait()
+        self._unfinished_tokens.append(self._send(token_ids_S, 0, self._tokens))
+
+    def post_tokens(self, num_tokens: int) -> Transfer:
+        """First stage: the receive of the next step with samples, int32 [S]; to be waited for by the caller."""
+        assert self._stage == 0
+        return self._receive(torch.empty(num_tokens, dtype=torch.int32), self._num_stages - 1, self._tokens)
+
+    def _send(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Transfer:
+        try:
+            work = dist.isend(tensor, dst=peer, group=group)
+        except RuntimeError as error:
+            raise LinkError(f"stage {self._stage} could not send to stage {peer}: {error}") from error
+        assert work is not None
+        return Transfer(tensor, work)
+
+    def _receive(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Transfer:
+        try:
+            work = dist.irecv(tensor, src=peer, group=group)
+        except RuntimeError as error:
+            raise LinkError(f"stage {self._stage} could not receive from stage {peer}: {error}") from error
+        assert work is not None
+        return Transfer(tensor, work)
