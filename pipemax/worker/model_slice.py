@@ -1,0 +1,276 @@
+"""Which models can be cut into stages, and the cut itself; no weights are read here.
+
+A model is a Transformers causal LM whose base is embedding, list of decoder layers, final norm, in that order. A stage
+keeps the list's length and puts a pass-through in the place of every layer that belongs elsewhere, because families
+index per-layer settings by position (a shortened list would be silently wrong):
+
+    stage 0        embed_tokens  [ l0  l1  ..  .. ]  pass         .. = PassThrough
+    stage 1 (last) absent        [ ..  ..  l2  l3 ]  norm  head   (embed_tokens too where the head is tied to it)
+
+What cannot be cut, or would give other numbers than the whole model, is refused with the reason (ModelNotSupported).
+Reading weights is `loader.py`'s; running a stage is `stage_model.py`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from pipemax.config import ConfigError, LoadFormat
+from pipemax.worker.attention_hook import ATTENTION_NAME, register
+
+_BASE_PARTS = ("embed_tokens", "layers", "norm")
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelNotSupported(ConfigError):  # noqa: N818 (it says what it is)
+    """The model cannot run as a pipeline of stages here. The message says which model and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSlice:
+    """The layers (global indices) of one stage. The first stage embeds, the last has final norm and head."""
+
+    stage: int
+    num_stages: int
+    layers: range
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+
+def split_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Layers of each stage, as even as can be; the spare ones go to the middle, since the ends embed and sample too.
+
+    Raises ConfigError when there are more stages than layers.
+    """
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"pipeline_parallel_size {num_stages} is more than the model's {num_layers} layers; set it to at most that"
+        )
+    sizes = [num_layers // num_stages] * num_stages
+    spare = num_layers % num_stages
+    first_spare = (num_stages - spare) // 2
+    if spare == num_stages - 1:
+        first_spare = 0  # one stage stays small: the last, whose head is dearer than the embedding
+    for stage in range(first_spare, first_spare + spare):
+        sizes[stage] += 1
+    ends = [sum(sizes[: stage + 1]) for stage in range(num_stages)]
+    return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+class PassThrough(nn.Module):
+    """In the place of a layer or norm of another stage: gives its first argument back."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+def read_config(model_dir: Path, *, load_format: LoadFormat, trust_remote_code: bool) -> PretrainedConfig:
+    """`model_dir/config.json`. Raises ConfigError when there is none or it cannot be read.
+
+    With dummy weights a quantised checkpoint's `quantization_config` is dropped: the weights are plain numbers then.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise ConfigError(f"{model_dir}: no config.json there; give the folder of a Hugging Face model")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(f"{model_dir / 'config.json'}: {str(error).splitlines()[0]}") from error
+    if load_format is LoadFormat.DUMMY and getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # a training output, which a stage does not have
+    return config
+
+
+def resolve_dtype(config: PretrainedConfig, dtype: str) -> torch.dtype:
+    """The weights' dtype: what is asked for, or for "auto" what the config says (float32 where it says nothing)."""
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    configured = getattr(config, "dtype", None) or torch.float32
+    if isinstance(configured, str):
+        configured = getattr(torch, configured)
+    if configured not in _DTYPES.values():
+        raise ConfigError(f"config.json has dtype {configured}; set dtype to one of {', '.join(_DTYPES)}")
+    assert isinstance(configured, torch.dtype)
+    return configured
+
+
+def empty_model(
+    config: PretrainedConfig,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    max_model_len: int | None,
+) -> PreTrainedModel:
+    """The whole causal LM on the meta device, attending through the hook. Raises ModelNotSupported."""
+    _check_config(config, name=name, max_model_len=max_model_len)
+    register()
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation=ATTENTION_NAME, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise ModelNotSupported(f"{name}: {str(error).splitlines()[0]}") from error
+    if model._can_set_experts_implementation():
+        # One grouped GEMM over all experts: the eager loop synchronises the host with the device in every layer.
+        model.set_experts_implementation("grouped_mm")
+    _check_structure(model, name=name)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def _check_config(config: PretrainedConfig, *, name: str, max_model_len: int | None) -> None:
+    kind = config.model_type
+
+    def refuse(reason: str) -> ModelNotSupported:
+        return ModelNotSupported(f"{name} ({kind}): {reason}")
+
+    if config.is_encoder_decoder:
+        raise refuse("an encoder-decoder; only decoder-only language models can be run")
+    if config.get_text_config() is not config:
+        raise refuse("a multimodal model; use the text-only checkpoint of the family")
+    if getattr(config, "quantization_config", None) is not None:
+        quantization = config.quantization_config
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise refuse(
+            f"its weights are quantised ({getattr(method, 'value', method)}), which is not supported yet; "
+            "use a bfloat16 checkpoint"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise refuse("multi-head latent attention (its KV cache is not one of keys and values a head)")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise refuse("layers share the KV cache of other layers")
+    foreign = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if foreign:
+        raise refuse(
+            f"layers of type {', '.join(sorted(foreign))}; only full and sliding-window attention are supported"
+        )
+    for rope in _rope_parameters(config):
+        rope_type = rope.get("rope_type", "default")
+        if rope_type == "longrope":
+            limit = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+        elif "dynamic" in rope_type:
+            limit = config.max_position_embeddings
+        else:
+            continue
+        # Transformers derives the frequencies from the longest sequence of the call. Up to the limit they are the same
+        # for all; beyond it, a row's numbers would depend on the rows beside it.
+        if max_model_len is None or max_model_len > limit:
+            raise refuse(
+                f"its '{rope_type}' rotary embedding changes with the length of the sequence beyond {limit} tokens; "
+                f"set max_model_len to at most {limit}"
+            )
+
+
+def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The rotary settings: one dict, or one for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _check_structure(model: PreTrainedModel, *, name: str) -> None:
+    kind = model.config.model_type
+
+    def refuse(reason: str) -> ModelNotSupported:
+        return ModelNotSupported(f"{name} ({kind}): {reason}")
+
+    if not model._supports_attention_backend:
+        raise refuse("its attention does not go through Transformers' attention interface")
+    plan = getattr(model.config, "base_model_pp_plan", None)
+    if plan is None:
+        raise refuse("Transformers has no pipeline plan for it (base_model_pp_plan)")
+    if tuple(plan) != _BASE_PARTS:
+        raise refuse(f"its parts are {', '.join(plan)}; only {', '.join(_BASE_PARTS)} can be cut")
+    base = base_of(model)
+    if base is model or model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        raise refuse("it has no language-model head")
+    head = head_of(model)
+    if len(base.layers) != model.config.num_hidden_layers:
+        raise refuse(f"it has {len(base.layers)} layers beside the {model.config.num_hidden_layers} of its config")
+    inside = tuple(f"{model.base_model_prefix}.{part}." for part in _BASE_PARTS)
+    head_names = {
+        f"{path}.{own}" for path, module in model.named_modules() if module is head for own in ("weight", "bias")
+    }
+    for parameter, _ in model.named_parameters(remove_duplicate=False):
+        if not parameter.startswith(inside) and parameter not in head_names:
+            raise refuse(f"parameter {parameter} lies outside embedding, layers, norm and head")
+
+
+def base_of(model: PreTrainedModel) -> Any:
+    """The model without its head: embed_tokens, layers, norm."""
+    return model.base_model
+
+
+def head_of(model: PreTrainedModel) -> Any:
+    """The module that makes logits of hidden states."""
+    return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
+def check_passes_hidden_through(model: PreTrainedModel, *, name: str, device: torch.device) -> None:
+    """Raises ModelNotSupported unless the base without layers and norm gives its input back, bit for bit.
+
+    A family that does something of its own between embedding and layers (scaling, learned positions) would do it again
+    on every stage. `model` has real buffers on `device`; it is left as it was.
+    """
+    base = base_of(model)
+    layers, norm = base.layers, base.norm
+    base.layers = nn.ModuleList(PassThrough() for _ in layers)
+    base.norm = PassThrough()
+    hidden = torch.linspace(-3, 3, 2 * model.config.hidden_size, dtype=model.dtype, device=device)
+    hidden_1TH = hidden.view(1, 2, -1)
+    try:
+        with torch.inference_mode():
+            output = base(
+                inputs_embeds=hidden_1TH, position_ids=torch.arange(2, device=device)[None], use_cache=False
+            ).last_hidden_state
+        unchanged = output.shape == hidden_1TH.shape and torch.equal(output, hidden_1TH)
+    finally:
+        base.layers, base.norm = layers, norm
+    if not unchanged:
+        raise ModelNotSupported(
+            f"{name} ({model.config.model_type}): it changes the embeddings outside its embedding and layers, "
+            "so only one stage would be right; set pipeline_parallel_size to 1"
+        )
+
+
+def keep_slice(model: PreTrainedModel, stage: StageSlice, *, tied_head: bool) -> None:
+    """Removes what the stage does not compute from a meta model. A tied head loses its own weight (see `tie_head`)."""
+    base = base_of(model)
+    for layer in range(len(base.layers)):
+        if layer not in stage.layers:
+            base.layers[layer] = PassThrough()
+    if not (stage.is_first or (stage.is_last and tied_head)):
+        base.embed_tokens = PassThrough()
+    if not stage.is_last:
+        base.norm = PassThrough()
+        model.set_output_embeddings(PassThrough())  # type: ignore[no-untyped-call]
+    elif tied_head:
+        head_of(model).weight = None
+
+
+def tie_head(model: PreTrainedModel) -> None:
+    """Gives the head the embedding's weight, once that is loaded."""
+    head_of(model).weight = base_of(model).embed_tokens.weight

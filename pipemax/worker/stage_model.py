@@ -1,0 +1,141 @@
+"""`StageModel`: the layers of one stage, run on packed rows.
+
+All rows of a step are one sequence of T tokens, each with its own position; where rows begin and end is known to
+attention only, which the hook reaches through `step_context`. Everything between the attention calls is Transformers'
+own code, whatever the family; so is the head, so that scalings and soft caps of logits are the family's.
+
+Never here: KV memory (`kv_store.py`), sampling (`sampler.py`), sending activations (`transport.py`).
+
+Shape letters: T new tokens of all rows, H hidden size, S rows that sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from pipemax.config import LoadFormat
+from pipemax.model_spec import ModelSpec
+from pipemax.worker.attention_hook import StepContext
+from pipemax.worker.loader import Checkpoint, fill_buffers, fill_dummy, is_head_tied, load_weights
+from pipemax.worker.model_slice import (
+    ModelNotSupported,
+    StageSlice,
+    check_passes_hidden_through,
+    empty_model,
+    keep_slice,
+    read_config,
+    resolve_dtype,
+    split_layers,
+    tie_head,
+)
+
+__all__ = ["ModelNotSupported", "StageModel", "StageSlice", "split_layers"]
+
+
+class _GivenHidden(nn.Module):
+    """In the place of the base model while the head runs: hands on the hidden states that it is given."""
+
+    def forward(self, *, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+class StageModel:
+    """One stage of a decoder, with its weights on `device`."""
+
+    def __init__(self, *, model: PreTrainedModel, spec: ModelSpec, stage: StageSlice, device: torch.device) -> None:
+        self.spec = spec
+        self.stage = stage
+        self.device = device
+        self.dtype: torch.dtype = model.dtype
+        self._base = model.base_model
+        # The family's own forward runs the head; its base is replaced by what this stage has computed already.
+        setattr(model, model.base_model_prefix, _GivenHidden())
+        self._head = model
+
+    @classmethod
+    def load(
+        cls,
+        *,
+        model_dir: Path,
+        stage: StageSlice,
+        load_format: LoadFormat,
+        dtype: str,
+        device: torch.device,
+        seed: int,
+        trust_remote_code: bool,
+        max_model_len: int | None = None,
+    ) -> StageModel:
+        """Builds the stage and fills it from `model_dir` (or with dummy weights drawn from `seed`).
+
+        `max_model_len` is the longest sequence that will run, where it is known. Raises ModelNotSupported and
+        CheckpointError; `check_checkpoint` finds the same faults before a worker is started.
+        """
+        config = read_config(model_dir, load_format=load_format, trust_remote_code=trust_remote_code)
+        model = empty_model(
+            config,
+            name=model_dir.name,
+            dtype=resolve_dtype(config, dtype),
+            trust_remote_code=trust_remote_code,
+            max_model_len=max_model_len,
+        )
+        checkpoint = None if load_format is LoadFormat.DUMMY else Checkpoint.open(model_dir)
+        tied_head = is_head_tied(model, checkpoint)
+        fill_buffers(model, device)
+        if stage.num_stages > 1:
+            check_passes_hidden_through(model, name=model_dir.name, device=device)
+        keep_slice(model, stage, tied_head=tied_head)
+        if checkpoint is None:
+            fill_dummy(model, seed=seed, device=device)
+        else:
+            load_weights(model, checkpoint, device)
+        if stage.is_last and tied_head:
+            tie_head(model)
+        return cls(model=model, spec=ModelSpec.from_config(config, name=model_dir.name), stage=stage, device=device)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.spec.hidden_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters on the device; a tied head counts once."""
+        parameters = {id(p): p for module in (self._base, self._head) for p in module.parameters()}
+        return sum(p.numel() * p.element_size() for p in parameters.values())
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        *,
+        input_ids_T: Tensor | None,
+        hidden_TH: Tensor | None,
+        positions_T: Tensor,
+        step_context: StepContext,
+    ) -> Tensor:
+        """Runs the stage's layers; gives hidden states [T, H], after the final norm on the last stage.
+
+        The first stage takes token ids (int64 [T]), the others the hidden states of the stage before. positions int64
+        [T]: each token's place in its own sequence.
+        """
+        assert (input_ids_T is not None) == self.stage.is_first and (hidden_TH is None) == self.stage.is_first
+        output = self._base(
+            input_ids=None if input_ids_T is None else input_ids_T[None],
+            inputs_embeds=None if hidden_TH is None else hidden_TH[None],
+            position_ids=positions_T[None],
+            use_cache=False,
+            step_context=step_context,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden_SH: Tensor) -> Tensor:
+        """Logits float32 [S, V] of the last stage's hidden states, as the family's own head computes them."""
+        assert self.stage.is_last
+        logits: Tensor = self._head(inputs_embeds=hidden_SH[None], use_cache=False).logits[0]
+        return logits.float()

@@ -1,0 +1,184 @@
+"""Stages against the whole model: eleven families, one and three stages, ragged rows over shuffled pages."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipemax.attention.base import RowLayout
+from pipemax.attention.reference import ReferenceAttention
+from pipemax.config import ConfigError, LoadFormat
+from pipemax.worker.attention_hook import StepContext
+from pipemax.worker.kv_store import KVStore
+from pipemax.worker.stage_model import StageModel, StageSlice, split_layers
+from tests.worker.families import FAMILIES, VOCAB_SIZE, save_model
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 4
+NUM_SLOTS = 64
+
+
+class NoFences:
+    def __init__(self):
+        self.entered = []
+
+    def enter(self, layer):
+        self.entered.append(layer)
+
+    def leave(self, layer):
+        assert self.entered[-1] == layer
+
+
+class Pipeline:
+    """Stages in one process, one after the other, over paged KV with shuffled slots."""
+
+    def __init__(self, folder, num_stages, *, load_format=LoadFormat.AUTO, dtype="auto", seed=0):
+        self.stages, self.stores = [], []
+        num_layers = StageModelSpec(folder).num_layers
+        for stage, layers in enumerate(split_layers(num_layers, num_stages)):
+            model = StageModel.load(
+                model_dir=folder,
+                stage=StageSlice(stage, num_stages, layers),
+                load_format=load_format,
+                dtype=dtype,
+                device=CPU,
+                seed=seed,
+                trust_remote_code=False,
+            )
+            self.stages.append(model)
+            self.stores.append(
+                KVStore(
+                    geometry=model.spec.kv_geometry(block_size=BLOCK_SIZE, dtype_bytes=model.dtype.itemsize),
+                    layers=layers,
+                    num_device_blocks=NUM_SLOTS,
+                    num_host_blocks=0,
+                    dtype=model.dtype,
+                    device=CPU,
+                )
+            )
+        self.free = list(np.random.default_rng(0).permutation(NUM_SLOTS))
+        self.pages = {}
+        self.backend = ReferenceAttention(CPU)
+
+    def step(self, rows):
+        """rows: (request, context, token ids) each. Gives logits [T, V] of all new tokens."""
+        new = [len(ids) for _, _, ids in rows]
+        kv_lens = [context + len(ids) for _, context, ids in rows]
+        for (request, _, _), length in zip(rows, kv_lens, strict=True):
+            pages = self.pages.setdefault(request, [])
+            while len(pages) * BLOCK_SIZE < length:
+                pages.append(self.free.pop())
+        tables = [self.pages[request] for request, _, _ in rows]
+        self.backend.plan(
+            RowLayout(
+                np.cumsum([0, *new]).astype(np.int32),
+                np.array(kv_lens, np.int32),
+                np.cumsum([0, *map(len, tables)]).astype(np.int32),
+                np.concatenate(tables).astype(np.int32),
+                BLOCK_SIZE,
+            )
+        )
+        positions = torch.cat([torch.arange(context, context + len(ids)) for _, context, ids in rows])
+        tokens, hidden = torch.cat([torch.as_tensor(ids) for _, _, ids in rows]), None
+        for model, store in zip(self.stages, self.stores, strict=True):
+            fences = NoFences()
+            hidden = model.forward(
+                input_ids_T=tokens if model.stage.is_first else None,
+                hidden_TH=hidden,
+                positions_T=positions,
+                step_context=StepContext(self.backend, store, fences),
+            )
+            assert fences.entered == list(model.stage.layers)
+        return self.stages[-1].logits(hidden)
+
+
+def StageModelSpec(folder):  # noqa: N802
+    from pipemax.model_spec import ModelSpec
+
+    return ModelSpec.from_pretrained(folder)
+
+
+def last_of_rows(logits, rows):
+    ends = np.cumsum([len(ids) for _, _, ids in rows]) - 1
+    return logits[ends]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder_of(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[family] = (folder, save_model(family, folder))
+        return made[family]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_whole_model(folders, family, num_stages):
+    folder, whole = folders(family)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    pipeline = Pipeline(folder, num_stages)
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator) for n in (9, 17, 4)]
+
+    def expected():
+        with torch.no_grad():
+            return [whole(input_ids=sequence[None]).logits[0] for sequence in sequences]
+
+    whole_logits = expected()
+    first, second = [], []
+    for request, sequence in enumerate(sequences):
+        half = len(sequence) // 2 + request % 2
+        first.append((request, 0, sequence[:half]))
+        second.append((request, half, sequence[half:]))
+    # Two chunks of prefill, the second in another order of rows.
+    logits = pipeline.step(first)
+    wanted = torch.cat([whole_logits[r][: len(ids)] for r, _, ids in first])
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+    second.reverse()
+    logits = pipeline.step(second)
+    wanted = torch.cat([whole_logits[r][context:] for r, context, _ in second])
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+
+    rows = second
+    for _ in range(6):
+        tokens = last_of_rows(logits, rows).argmax(-1)
+        for (request, _, _), token in zip(rows, tokens, strict=True):
+            sequences[request] = torch.cat((sequences[request], token[None]))
+        rows = [(request, len(sequences[request]) - 1, sequences[request][-1:]) for request in range(3)]
+        logits = pipeline.step(rows)
+        wanted = torch.stack([logits_of_row[-1] for logits_of_row in expected()])
+        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "sizes"),
+    [
+        (8, 1, [8]),
+        (8, 4, [2, 2, 2, 2]),
+        (5, 3, [2, 2, 1]),
+        (7, 3, [2, 3, 2]),
+        (9, 4, [2, 3, 2, 2]),
+        (10, 4, [2, 3, 3, 2]),
+        (80, 7, [11, 11, 12, 12, 12, 11, 11]),
+        (3, 3, [1, 1, 1]),
+    ],
+)
+def test_split_is_even_with_spare_layers_in_the_middle(num_layers, num_stages, sizes):
+    ranges = split_layers(num_layers, num_stages)
+    assert [len(layers) for layers in ranges] == sizes
+    assert [layer for layers in ranges for layer in layers] == list(range(num_layers))
+
+
+def test_more_stages_than_layers_is_refused():
+    with pytest.raises(ConfigError, match="pipeline_parallel_size 4 is more than the model's 3 layers"):
+        split_layers(3, 4)
