@@ -58,6 +58,13 @@ class OutputJournal:
         self._syncer = threading.Thread(target=self._sync_while_open, name=f"sync {self.path.name}", daemon=True)
         self._syncer.start()
 
+    def clear(self) -> None:
+        """Throws away what the file holds. Raises OSError, also when another job has it open."""
+        self.create()
+        assert self._descriptor is not None
+        os.ftruncate(self._descriptor, 0)
+        self._end_bytes = 0
+
     def append(self, line: bytes) -> None:
         """Writes one row. `line` ends with a newline and has no other. Raises OSError; the row is not there then."""
         assert line.endswith(b"\n")

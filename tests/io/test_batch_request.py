@@ -235,8 +235,25 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FIELD_NAMES = st.sampled_from(
-    "messages prompt max_tokens max_completion_tokens temperature top_p top_k seed stop stop_token_ids logprobs "
-    "top_logprobs min_tokens ignore_eos n chat_template_kwargs model".split()
+    [
+        "messages",
+        "prompt",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "logprobs",
+        "top_logprobs",
+        "min_tokens",
+        "ignore_eos",
+        "n",
+        "chat_template_kwargs",
+        "model",
+    ]
 )
 
 

@@ -39,6 +39,15 @@ def test_rows_that_are_there_stay(tmp_path):
     assert path.read_bytes() == b"old\nnew\n"
 
 
+def test_a_cleared_journal_starts_afresh(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b"old\n")
+    with OutputJournal(path) as journal:
+        journal.clear()
+        journal.append(b"new\n")
+    assert path.read_bytes() == b"new\n"
+
+
 def test_two_jobs_cannot_write_to_one_file(tmp_path):
     with OutputJournal(tmp_path / "out.jsonl") as first, OutputJournal(tmp_path / "out.jsonl") as second:
         first.append(b"one\n")

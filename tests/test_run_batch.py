@@ -1,0 +1,284 @@
+"""The batch job around an engine: every row ends in one file, whatever happens to it, to the engine or to the disk.
+
+The engine here is small but keeps the contract of `LLM.stream`: it reads ahead a bounded number of requests, finishes
+them in another order than they came, and gives wrong ones back with `error` set.
+"""
+
+import io
+import json
+import os
+from dataclasses import dataclass, field
+
+import pytest
+
+from pipemax.config import ConfigError
+from pipemax.executor.base import ExecutorError
+from pipemax.io.progress import ProgressStyle
+from pipemax.request import CompletionOutput, FinishReason, GenerationError, RequestError, RequestOutput
+from pipemax.run_batch import BatchFiles, run_batch
+
+LOOK_AHEAD = 4
+
+
+@dataclass
+class Stats:
+    output_tokens: int = 0
+    blocks_sent_home: int = 12
+    blocks_refilled: int = 7
+
+
+@dataclass
+class BackwardsEngine:
+    """Answers each request with its own prompt, last come first served; `failing` says which custom ids fail, how."""
+
+    failing: dict[str, Exception] = field(default_factory=dict)
+    model_name: str = "backwards"
+    most_held: int = 0
+    num_shutdowns: int = 0
+
+    def stream(self, requests):
+        held = []
+        for request in requests:
+            held.append(request)
+            self.most_held = max(self.most_held, len(held))
+            if len(held) == LOOK_AHEAD:
+                yield from self._finish(held)
+        yield from self._finish(held)
+
+    def _finish(self, held):
+        while held:
+            yield self._output(held.pop())
+
+    def _output(self, request):
+        failure = self.failing.get(request.request_id)
+        if isinstance(failure, RequestError):
+            return RequestOutput(request.request_id, None, [1], error=failure)
+        if failure is not None:
+            raise failure
+        text = request.prompt if request.messages is None else request.messages[-1]["content"]
+        completion = CompletionOutput(0, text, [5, 6], FinishReason.STOP)
+        return RequestOutput(request.request_id, None, [1, 2, 3], [completion])
+
+    def stats(self):
+        return Stats()
+
+    def shutdown(self):
+        self.num_shutdowns += 1
+
+
+def chat_line(custom_id, content="Hello", **fields):
+    body = {"messages": [{"role": "user", "content": content}], **fields}
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body})
+
+
+class Job:
+    def __init__(self, tmp_path, lines):
+        self.input = tmp_path / "in.jsonl"
+        self.output = tmp_path / "out.jsonl"
+        self.errors = tmp_path / "out.errors.jsonl"
+        self.input.write_text("".join(line + "\n" for line in lines))
+        self.engine = BackwardsEngine()
+        self.num_starts = 0
+        self.stderr = io.StringIO()
+
+    def start_engine(self):
+        self.num_starts += 1
+        return self.engine
+
+    def run(self, *, overwrite=False):
+        return run_batch(
+            files=BatchFiles.check(self.input, self.output, None, overwrite=overwrite),
+            overwrite=overwrite,
+            start_engine=self.start_engine,
+            progress_style=ProgressStyle.NONE,
+            show_summary=True,
+            stderr=self.stderr,
+        )
+
+    def answers(self):
+        return {record["custom_id"]: record for record in map(json.loads, self.output.read_text().splitlines())}
+
+    def refusals(self):
+        return [json.loads(line) for line in self.errors.read_text().splitlines()]
+
+
+def content(record):
+    return record["response"]["body"]["choices"][0]["message"]["content"]
+
+
+def test_every_row_is_answered_once(tmp_path):
+    job = Job(tmp_path, [chat_line(f"row-{number}", f"text {number}") for number in range(50)])
+    counts = job.run()
+    assert (counts.answered_rows, counts.failed_rows, counts.prompt_tokens, counts.output_tokens) == (50, 0, 150, 100)
+    answers = job.answers()
+    assert len(job.output.read_text().splitlines()) == 50
+    assert {name: content(record) for name, record in answers.items()} == {f"row-{n}": f"text {n}" for n in range(50)}
+    assert answers["row-0"]["response"]["body"]["model"] == "backwards"
+    assert not job.errors.exists() and job.engine.num_shutdowns == 1
+    assert job.engine.most_held == LOOK_AHEAD  # the job itself does not read ahead
+
+
+def test_failed_rows_go_to_the_error_file_and_the_others_go_on(tmp_path):
+    lines = [
+        chat_line("good"),
+        "{broken",
+        chat_line("bad value", temperature=-1),
+        chat_line("good"),
+        chat_line("too long"),
+        chat_line("not a number"),
+        chat_line("last"),
+    ]
+    job = Job(tmp_path, lines)
+    job.engine.failing = {
+        "too long": RequestError("the prompt is too long", param="messages"),
+        "not a number": GenerationError("logits are not numbers"),
+    }
+    counts = job.run()
+    assert (counts.answered_rows, counts.failed_rows) == (2, 5)
+    assert set(job.answers()) == {"good", "last"}
+    errors = {(record["custom_id"], (record["response"] or {}).get("status_code")): record for record in job.refusals()}
+    assert set(errors) == {
+        (None, 400),
+        ("bad value", 400),
+        ("good", 400),
+        ("too long", 400),
+        ("not a number", None),
+    }
+    assert errors[("too long", 400)]["response"]["body"]["error"]["message"] == "line 5: the prompt is too long"
+    assert errors[("too long", 400)]["response"]["body"]["error"]["param"] == "messages"
+    assert errors[(None, 400)]["response"]["body"]["error"]["message"].startswith("line 2: ")
+    assert errors[("not a number", None)]["error"] == {
+        "code": "generation_failed",
+        "message": "logits are not numbers",
+    }
+
+
+def test_completions_are_answered_in_their_own_shape(tmp_path):
+    record = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Once"}}
+    job = Job(tmp_path, [json.dumps(record)])
+    job.run()
+    body = job.answers()["a"]["response"]["body"]
+    assert body["object"] == "text_completion" and body["choices"][0]["text"] == "Once"
+
+
+def test_an_input_without_rows_gives_an_empty_output_and_needs_no_engine(tmp_path):
+    job = Job(tmp_path, ["", "  "])
+    assert job.run().done_rows == 0
+    assert job.output.read_bytes() == b"" and not job.errors.exists() and job.num_starts == 0
+
+
+def test_a_row_that_the_engine_loses_is_an_error(tmp_path):
+    class Forgetful(BackwardsEngine):
+        def _finish(self, held):
+            del held[-1]
+            yield from super()._finish(held)
+
+    job = Job(tmp_path, [chat_line("kept"), chat_line("lost")])
+    job.engine = Forgetful()
+    assert job.run().failed_rows == 1
+    assert set(job.answers()) == {"kept"}
+    (record,) = job.refusals()
+    assert record["custom_id"] == "lost" and record["error"]["code"] == "row_lost"
+
+
+@pytest.mark.parametrize("failure", [ExecutorError("stage 1 died"), KeyboardInterrupt()])
+def test_finished_rows_are_safe_when_the_engine_ends(tmp_path, failure):
+    job = Job(tmp_path, [chat_line(f"row-{number}") for number in range(8)])
+    job.engine.failing = {"row-5": failure}
+    with pytest.raises(type(failure)):
+        job.run()
+    assert set(job.answers()) == {"row-0", "row-1", "row-2", "row-3", "row-6", "row-7"}
+    assert job.engine.num_shutdowns == 1
+    assert "6 rows answered, 0 failed, 2 not done" in job.stderr.getvalue()
+
+
+def test_a_disk_that_refuses_ends_the_job_and_the_engine(tmp_path, monkeypatch):
+    def full(descriptor, data):
+        raise OSError(28, "No space left on device")
+
+    job = Job(tmp_path, [chat_line("a"), chat_line("b")])
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device.*out\.jsonl"):
+        job.run()
+    assert job.engine.num_shutdowns == 1 and job.output.read_bytes() == b""
+
+
+def test_summary(tmp_path):
+    job = Job(tmp_path, [chat_line("a"), "{"])
+    job.run()
+    summary = job.stderr.getvalue()
+    assert "1 rows answered, 1 failed" in summary and "3 prompt, 2 output" in summary
+    assert "12 blocks went home, 7 came back" in summary
+    assert str(job.output) in summary and str(job.errors) in summary
+
+
+def test_overwrite_replaces_both_files(tmp_path):
+    job = Job(tmp_path, [chat_line("new")])
+    job.output.write_text("old\n")
+    job.errors.write_text("old\n")
+    with pytest.raises(ConfigError, match="exists and is not empty: choose another, or give --overwrite"):
+        job.run()
+    assert job.num_starts == 0 and job.output.read_text() == "old\n"
+    job.run(overwrite=True)
+    assert set(job.answers()) == {"new"} and job.refusals() == []
+
+
+def test_old_answers_stay_when_the_engine_does_not_start(tmp_path):
+    job = Job(tmp_path, [chat_line("new")])
+    job.output.write_text("old\n")
+
+    def refuse():
+        raise ConfigError("no such model")
+
+    job.start_engine = refuse
+    with pytest.raises(ConfigError):
+        job.run(overwrite=True)
+    assert job.output.read_text() == "old\n"
+
+
+def check(tmp_path, source="in.jsonl", target="out.jsonl", error_file=None):
+    error_file = None if error_file is None else tmp_path / error_file
+    return BatchFiles.check(tmp_path / source, tmp_path / target, error_file, overwrite=True)
+
+
+def test_files_that_cannot_work_are_refused(tmp_path, monkeypatch):
+    source = tmp_path / "in.jsonl"
+    source.write_text("{}")
+    (tmp_path / "hard.jsonl").hardlink_to(source)
+    (tmp_path / "soft.jsonl").symlink_to(source)
+    (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "out.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    for words, arguments in [
+        ("No such file", {"source": "none.jsonl"}),
+        ("is a directory", {"source": "."}),
+        ("not a regular file", {"source": "pipe"}),
+        ("is the input file", {"target": "in.jsonl"}),
+        ("is the input file", {"target": "hard.jsonl"}),
+        ("is the input file", {"target": "soft.jsonl"}),
+        ("is the input file", {"error_file": "soft.jsonl"}),
+        ("is the output file", {"error_file": "out.jsonl"}),
+        ("is the output file", {"error_file": "dangling.jsonl"}),
+        ("there is no folder", {"target": "none/out.jsonl"}),
+        ("is a directory", {"target": "."}),
+        ("not a regular file", {"target": "pipe"}),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            check(tmp_path, **arguments)
+    assert check(tmp_path).errors == tmp_path / "out.errors.jsonl"
+
+
+def test_missing_permissions_are_told_before_any_work(tmp_path, monkeypatch):
+    # Tests may run as root, whom the file system refuses nothing: ask for the user's rights instead of taking them.
+    (tmp_path / "in.jsonl").write_text("{}")
+    denied = set()
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) not in denied)
+    denied.add(str(tmp_path))
+    with pytest.raises(ConfigError, match="no permission to write in"):
+        check(tmp_path)
+    (tmp_path / "out.jsonl").touch()
+    denied.add(str(tmp_path / "out.jsonl"))
+    with pytest.raises(ConfigError, match="no permission to write it"):
+        check(tmp_path)
+    denied.add(str(tmp_path / "in.jsonl"))
+    with pytest.raises(ConfigError, match="no permission to read it"):
+        check(tmp_path)
