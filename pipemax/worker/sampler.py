@@ -365,7 +365,7 @@ def _find_edges(
             needs_more = unlimited & (mass_RD[:, -1:] < nucleus_R1 * total_R1)[:, 0].cpu().numpy()
         # A token stays while the mass before it is below top_p: the smallest set that reaches top_p.
         before_RD = torch.nn.functional.pad(mass_RD[:, :-1], (1, 0))
-        kept_RD = kept_RD & ((nucleus_R1 >= 1.0) | (before_RD < nucleus_R1 * total_R1))
+        kept_RD = kept_RD & (before_RD < nucleus_R1 * total_R1)
     num_kept_R1 = kept_RD.sum(dim=1, keepdim=True).clamp_(min=1)
     edge_R1 = sorted_RD.gather(1, num_kept_R1 - 1)
     num_above_R = (sorted_RD > edge_R1).sum(dim=1)
