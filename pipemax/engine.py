@@ -1,7 +1,7 @@
 """`Engine`: the loop between scheduler and executor. It holds no policy and no clock.
 
-    while (plan := scheduler.schedule()): executor.submit(plan)
-    for result in executor.wait():        scheduler.update(result)
+while (plan := scheduler.schedule()): executor.submit(plan)
+for result in executor.wait():        scheduler.update(result)
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     LLM.generate / chat / stream
         GenerationRequest ──tokenize──► RequestState ──► Engine ──► tokens ──OutputProcessor──► RequestOutput
 
-Here the settings are read, the parts are built and wired, and user-side requests become scheduler requests. No scheduling, no tensors.
+Here the settings are read, the parts are built and wired, and user-side requests become scheduler requests. No
+scheduling, no tensors.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ class EngineStats:
 class LLM:
     """A model on this machine, ready to generate.
 
-    Parameters are the fields of `EngineConfig`. Raises ConfigError when the settings, the model's files or the memory cannot work
-    (nothing is left running then); `ExecutorError` comes out of the generating calls when a stage fails. Use it as a context manager,
-    or call `shutdown()`; the stages also end with this process.
+    Parameters are the fields of `EngineConfig`. Raises ConfigError when the settings, the model's files or the memory
+    cannot work (nothing is left running then); `ExecutorError` comes out of the generating calls when a stage fails.
+    Use it as a context manager, or call `shutdown()`; the stages also end with this process.
     """
 
     def __init__(self, model: str | Path, **settings: Any) -> None:
@@ -140,8 +141,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes texts or token id lists; outputs in input order.
 
-        One SamplingParams serves all prompts, a list gives each its own. Raises RequestError (a ValueError) when a prompt cannot run, after
-        the others have finished; use `stream` to have errors beside results.
+        One SamplingParams serves all prompts, a list gives each its own. Raises RequestError (a ValueError) when a
+        prompt cannot run, after the others have finished; use `stream` to have errors beside results.
         """
         return self._in_order(
             GenerationRequest(request_id=str(index), prompt=prompt, sampling_params=params)
@@ -170,8 +171,8 @@ class LLM:
     def stream(self, requests: Iterable[GenerationRequest]) -> Iterator[RequestOutput]:
         """Yields outputs as they finish, reading `requests` only as far ahead as the engine needs.
 
-        A request that cannot run comes out with `error` set; the others go on. Closing the iterator drops what is unfinished. One stream at
-        a time. Raises ExecutorError when a stage fails.
+        A request that cannot run comes out with `error` set; the others go on. Closing the iterator drops what is
+        unfinished. One stream at a time. Raises ExecutorError when a stage fails.
         """
         if self._streaming:
             raise RuntimeError("this LLM is generating already: finish or close the other stream first")

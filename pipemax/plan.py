@@ -6,8 +6,8 @@ workers and the simulator (DESIGN section 3).
 What one plan does, on every stage, layer by layer (l0, l1, ... are the stage's layers):
 
     step k    compute    |  l0  |  l1  |  l2  | ...        rows of this plan
-              home            \\__ l0 \\__ l1 \\__ l2          write_home: device slot -> home, once the layer has appended
-              refill          \\__ l0 \\__ l1 \\__ l2          refill: home -> device slot, once the layer has been left
+              home            \\__ l0 \\__ l1 \\__ l2          write_home: slot -> home, once the layer has appended
+              refill          \\__ l0 \\__ l1 \\__ l2          refill: home -> slot, once the layer has been left
     step k+1  compute                           |  l0  |  l1  | ...   waits, per layer, for the refill of step k
 
 Order that every executor keeps, per stage and layer, in the order of `step_id`:

@@ -1,8 +1,8 @@
 """How much memory a KV block takes: geometry belongs to a layer group, a block spans them all.
 
-A block is `block_size` tokens of one request in *every* layer. Layers of one group share head counts (full attention and
-sliding window may differ in them); one block table serves all groups, because slots have the same ids in every layer.
-Pure numbers: no torch, no allocation (`worker/kv_store.py` allocates).
+A block is `block_size` tokens of one request in *every* layer. Layers of one group share head counts (full attention
+and sliding window may differ in them); one block table serves all groups, because slots have the same ids in every
+layer. Pure numbers: no torch, no allocation (`worker/kv_store.py` allocates).
 """
 
 from __future__ import annotations

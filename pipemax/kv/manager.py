@@ -1,16 +1,17 @@
 """`KVManager`: the books of KV residency: home, resident, window, absent.
 
-What lives here: both block pools, every request's block table, the window, and the verbs that keep them consistent. What
-never does: which request deserves memory (`scheduling/`), bytes and copies (`worker/`).
+What lives here: both block pools, every request's block table, the window, and the verbs that keep them consistent.
+What never does: which request deserves memory (`scheduling/`), bytes and copies (`worker/`).
 
-Two ways for a block to be on the device during a step: resident (its table names the slot) or in the window. Every block has
-a home from the start, so leaving the device is a drop. A copy home that plan k carries counts from plan k+1 on:
+Two ways for a block to be on the device during a step: resident (its table names the slot) or in the window. Every
+block has a home from the start, so leaving the device is a drop. A copy home that plan k carries counts from plan k+1
+on:
 
     schedule(k)    compose write_home(k), stage step k+1, compose refill(k)     copies of k are "going home"
     schedule(k+1)  commit_homes(): they are home; their slots may be dropped and refilled from now on
 
-which is what makes invariant 1 (no slot reused before its home copy is valid) hold without any talk with the workers: they
-keep the order of `plan.py`.
+which is what makes invariant 1 (no slot reused before its home copy is valid) hold without any talk with the workers:
+they keep the order of `plan.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`PrefetchBudget`: how many blocks may travel to the device during one step.
 
-DESIGN section 2, point 3: what the link moves while a step runs is free; more than that, and compute waits. The budget is a
-number of blocks, so the planner needs no bytes and no seconds; a cost model that knows both sets it.
+DESIGN section 2, point 3: what the link moves while a step runs is free; more than that, and compute waits. The
+budget is a number of blocks, so the planner needs no bytes and no seconds; a cost model that knows both sets it.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     refilled      for B, as A leaves for A, as B leaves ...
                   each layer         each layer
 
-All batches in flight share the same slots: layer by layer, each batch's blocks replace those of the batch before. When the
-same batch runs twice in a row, what it left there is still there and is not copied again.
+All batches in flight share the same slots: layer by layer, each batch's blocks replace those of the batch before.
+When the same batch runs twice in a row, what it left there is still there and is not copied again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`Balancer`: how much each batch in flight should hold.
 
-The batches must take equally long on every stage, or the pipeline bubbles. Two measures, because a step's time has two parts: rows
-(weights are read once for all of them) and KV blocks (attention reads each). Blocks are shared out by what memory can hold alive,
-`R + N*W` for N batches (DESIGN section 1): every batch may fill an Nth of it.
+The batches must take equally long on every stage, or the pipeline bubbles. Two measures, because a step's time has
+two parts: rows (weights are read once for all of them) and KV blocks (attention reads each). Blocks are shared out by
+what memory can hold alive, `R + N*W` for N batches (DESIGN section 1): every batch may fill an Nth of it.
 """
 
 from __future__ import annotations

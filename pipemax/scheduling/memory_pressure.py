@@ -7,9 +7,10 @@ When the device runs short, in this order:
     3. blocks of the batch being staged likewise
     4. the youngest running request leaves its batch: its tail goes home, the rest is dropped
 
-and when host memory itself is full, the youngest request is restarted: its KV is given up and computed again. Nobody yields to a
-younger request, and a request alone always fits (`Scheduler.add_request`), so the oldest always comes through and nothing deadlocks.
-A row that finds no slot this time *stalls*; until it has been served nobody joins and nothing is prefilled.
+and when host memory itself is full, the youngest request is restarted: its KV is given up and computed again. Nobody
+yields to a younger request, and a request alone always fits (`Scheduler.add_request`), so the oldest always comes
+through and nothing deadlocks. A row that finds no slot this time *stalls*; until it has been served nobody joins and
+nothing is prefilled.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ class MemoryPressure:
         at_most    tokens wanted: 1 for a READY request, a chunk for a waiting prompt
         keep_free  slots to leave to others
 
-        The tail, and what the window has no place for, becomes resident; its own blocks move to the window if that helps.
+        The tail, and what the window has no place for, becomes resident; its own blocks move to the window if that
+        helps.
         """
         kv, request_id = self._kv, request.request_id
         if request_id not in self._holders:
@@ -241,9 +243,7 @@ class MemoryPressure:
             short = min(wanted - self._kv.device.num_free, room)
             if short <= 0:
                 return
-            room -= self._kv.drop(
-                request.request_id, num_tokens=request.num_computed, at_most=short, tail_too=False
-            )
+            room -= self._kv.drop(request.request_id, num_tokens=request.num_computed, at_most=short, tail_too=False)
 
     def _youngest_running(self, *, younger_than: RequestState) -> RequestState | None:
         """Of the batch that holds most, so that the batches stay equal."""

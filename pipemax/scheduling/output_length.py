@@ -1,8 +1,8 @@
 """`OutputLengthEstimate`: how many tokens a request may be expected to generate.
 
-Output lengths are unknown until they happen. Admission must not reserve `max_tokens` for everyone (a chat row without it may run to
-the model's length), so it reserves the running mean of what finished requests took. The estimate may be wrong: running out of
-host memory restarts the youngest request, nothing worse.
+Output lengths are unknown until they happen. Admission must not reserve `max_tokens` for everyone (a chat row without
+it may run to the model's length), so it reserves the running mean of what finished requests took. The estimate may be
+wrong: running out of host memory restarts the youngest request, nothing worse.
 """
 
 from __future__ import annotations

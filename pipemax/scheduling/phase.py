@@ -1,6 +1,7 @@
 """`PhasePolicy`: what kind of work the next step takes up first.
 
-A policy sees counts and answers with an order of preference; whether a kind of step can be filled is the scheduler's business.
+A policy sees counts and answers with an order of preference; whether a kind of step can be filled is the scheduler's
+business.
 """
 
 from __future__ import annotations

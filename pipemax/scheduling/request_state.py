@@ -4,9 +4,9 @@
        ▲                   │     join         │
        └───────────────────┴──── restart ─────┘      (host memory is full: its KV is dropped and computed again)
 
-READY requests hold KV at home and wait for a place in a batch; RUNNING ones are members of a batch in flight; a DRAINING one
-holds nothing and only awaits results. Token *values* arrive late, their number is known as soon as a step is planned: the counts
-here are those after every step submitted so far.
+READY requests hold KV at home and wait for a place in a batch; RUNNING ones are members of a batch in flight; a
+DRAINING one holds nothing and only awaits results. Token *values* arrive late, their number is known as soon as a
+step is planned: the counts here are those after every step submitted so far.
 """
 
 from __future__ import annotations

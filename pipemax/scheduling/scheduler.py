@@ -1,15 +1,16 @@
-"""`Scheduler`: decides, step by step, which rows run, which blocks go home and which are brought for the step that follows.
+"""`Scheduler`: decides, step by step, which rows run, which blocks go home, which are brought for the step after.
 
-Pure decisions: no clock, no tensor, no process, no randomness. The engine hands plans to an Executor and results back. The same
-scheduler drives GPUs, CPUs and the simulator.
+Pure decisions: no clock, no tensor, no process, no randomness. The engine hands plans to an Executor and results
+back. The same scheduler drives GPUs, CPUs and the simulator.
 
 One call emits one step and stages the next, because the plan of step k carries the refill of step k+1:
 
     schedule()   ─►  emit step k: the rows staged before,      +   stage step k+1: its rows, their slots,
                      less those that finished meanwhile            its refill, which plan k carries
 
-Batches take turns in a fixed order. With asynchronous scheduling a batch's next step is planned before the tokens of its last one
-are known (they travel from the last stage to the first by themselves), and a row that turns out to have finished is dropped one step late.
+Batches take turns in a fixed order. With asynchronous scheduling a batch's next step is planned before the tokens of
+its last one are known (they travel from the last stage to the first by themselves), and a row that turns out to have
+finished is dropped one step late.
 
 What memory is for whom is decided in `memory_pressure.py`; the books are `kv/manager.py`.
 """

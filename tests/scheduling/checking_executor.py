@@ -1,8 +1,9 @@
 """An Executor that runs plans on symbolic memory and checks every promise of the seam.
 
-A slot or a home holds, per layer-less block, the list of (request, position) whose KV lies there. Plans run one after the other in
-the order of `plan.py`: compute, then write_home, then refill. Reading anything but the right tokens is an AssertionError. Tokens are
-a fixed function of (request, output index), so that every schedule must give the same outputs.
+A slot or a home holds, per layer-less block, the list of (request, position) whose KV lies there. Plans run one after
+the other in the order of `plan.py`: compute, then write_home, then refill. Reading anything but the right tokens is
+an AssertionError. Tokens are a fixed function of (request, output index), so that every schedule must give the same
+outputs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import deque
 
 import numpy as np
 
-from pipemax.plan import NO_BATCH, Capacity, Phase, StepPlan, StepResult
+from pipemax.plan import NO_BATCH, Capacity, StepPlan, StepResult
 
 Cell = tuple[int, int]  # request id, position
 
@@ -21,16 +22,18 @@ def expected_token(request_id: int, index: int) -> int:
 
 
 class CheckingExecutor:
-    """Symbolic stages. `num_results_at_once` results are given back by each wait(); `budget_blocks` bounds refills of many rows.
+    """Symbolic stages; one result a wait(). `budget_blocks` bounds refills of steps with more than one row.
 
     `endings[request_id]` is the number of outputs after which a stop token comes (unknown to the scheduler).
     """
 
     STOP_TOKEN = 3
 
-    def __init__(self, capacity: Capacity, *, max_plans: dict[int, int], budget_blocks: int, endings: dict[int, int]):
+    def __init__(
+        self, capacity: Capacity, *, max_plans_per_batch: int, budget_blocks: int, endings: dict[int, int]
+    ) -> None:
         self.capacity = capacity
-        self._max_plans = max_plans
+        self._max_plans_per_batch = max_plans_per_batch
         self._budget_blocks = budget_blocks
         self._endings = endings
         self._slots: list[list[Cell]] = [[] for _ in range(capacity.num_device_blocks)]
@@ -41,7 +44,7 @@ class CheckingExecutor:
         self._finished: set[int] = set()
         self._queue: deque[StepPlan] = deque()
         self._next_step = 0
-        self._announced_rows: StepPlan | None = None
+        self._last_refill_blocks = 0
         self.plans: list[StepPlan] = []
 
     def submit(self, plan: StepPlan) -> None:
@@ -51,7 +54,7 @@ class CheckingExecutor:
         self._queue.append(plan)
         in_flight = [p.batch_id for p in self._queue if p.batch_id != NO_BATCH]
         for batch_id in set(in_flight):
-            assert in_flight.count(batch_id) <= self._max_plans["per_batch"], "too many plans in flight for a batch"
+            assert in_flight.count(batch_id) <= self._max_plans_per_batch, "too many plans in flight for a batch"
 
     def now(self) -> float:
         return float(self._next_step)
@@ -72,6 +75,8 @@ class CheckingExecutor:
             assert new.request_id not in self._prompts, "announced twice"
             self._prompts[new.request_id] = len(new.prompt_token_ids)
             self._outputs[new.request_id] = 0
+        assert self._last_refill_blocks <= self._budget_blocks or plan.num_rows <= 1, "the prefetch budget is passed"
+        self._last_refill_blocks = len(plan.refill)
         ids = plan.request_ids.tolist()
         assert len(set(ids)) == len(ids)
         written: set[int] = set()
@@ -111,8 +116,6 @@ class CheckingExecutor:
         for slot, home in zip(plan.write_home.slots.tolist(), plan.write_home.homes.tolist(), strict=True):
             assert self._slots[slot], "an empty block is written home"
             self._homes[home] = list(self._slots[slot])
-        if plan.num_rows or plan.phase is Phase.COPY:
-            assert self._budget_blocks < 0 or len(plan.refill) <= self._budget_blocks
         for slot, home in zip(refill_slots, plan.refill.homes.tolist(), strict=True):
             self._slots[slot] = list(self._homes[home])
         return StepResult(

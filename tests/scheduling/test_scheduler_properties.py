@@ -1,7 +1,7 @@
 """The invariants of the design, on the control plane alone: random request mixes at every legal memory size.
 
-`CheckingExecutor` checks contents (invariants 1 to 3 and 5); here: nobody lost, duplicated or starved (6), pools conserved (4), and no
-deadlock. Nothing here imports torch.
+`CheckingExecutor` checks contents (invariants 1 to 3 and 5); here: nobody lost, duplicated or starved (6), pools
+conserved (4), and no deadlock. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def run(job) -> tuple[Scheduler, CheckingExecutor, dict[int, list[int]]]:
         block_bytes=1,
     )
     endings = {i: end for i, (_, _, end) in enumerate(job["requests"]) if end is not None}
+    budget_blocks = max(job["budget"], job["window"])
     executor = CheckingExecutor(
-        capacity, max_plans={"per_batch": job["max_plans"]}, budget_blocks=-1, endings=endings
+        capacity, max_plans_per_batch=job["max_plans"], budget_blocks=budget_blocks, endings=endings
     )
     scheduler = Scheduler(
         capacity=capacity,
@@ -79,7 +80,7 @@ def run(job) -> tuple[Scheduler, CheckingExecutor, dict[int, list[int]]]:
             max_rows=job["max_num_seqs"],
             live_blocks=job["device"] + (job["num_batches"] - 1) * job["window"],
         ),
-        prefetch_budget=PrefetchBudget(blocks_per_step=max(job["budget"], job["window"])),
+        prefetch_budget=PrefetchBudget(blocks_per_step=budget_blocks),
         output_length=OutputLengthEstimate(prior_tokens=8),
     )
     outputs: dict[int, list[int]] = {}
