@@ -271,8 +271,9 @@ def test_draws_at_the_ends_never_hit_a_token_of_weight_zero(device: torch.device
     draws = torch.tensor([0.0, 1.0 - 2.0**-53, 1.0 - 2.0**-53, at_gap], dtype=torch.float64, device=device)
     tokens = _inverse_cdf(weights, draws).tolist()
     assert tokens[:3] == [700, 1099, 5] and tokens[3] in (799, 900)
-    # The last group's two sums differ in the last bit in about half of these rows.
-    weights = torch.rand(500, 700, generator=torch.Generator().manual_seed(1)).to(device)
+    # Weights of very different size: the last group's two sums differ in the last bit in many of these rows.
+    weights = (-40 * torch.rand(500, 700, generator=torch.Generator().manual_seed(1))).exp().to(device)
+    weights[:, 649] = 0.5
     weights[:, 650:] = 0.0
     tokens = _inverse_cdf(weights, torch.full((500,), 1.0 - 2.0**-53, dtype=torch.float64, device=device))
     assert tokens.unique().tolist() == [649]
