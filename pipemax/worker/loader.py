@@ -37,12 +37,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from pipemax.config import ConfigError, LoadFormat
+from pipemax.model_spec import ModelSpec
 from pipemax.worker.model_slice import (
+    check_attention_calls,
     check_passes_hidden_through,
     empty_model,
     head_of,
     read_config,
-    resolve_dtype,
     split_layers,
 )
 
@@ -69,14 +70,15 @@ def check_checkpoint(
     off or of another shape) or ConfigError (no config, more stages than layers).
     """
     config = read_config(model_dir, load_format=load_format, trust_remote_code=trust_remote_code)
-    dtype = resolve_dtype(config, "auto")
+    name = model_dir.name
     model = empty_model(
-        config, name=model_dir.name, dtype=dtype, trust_remote_code=trust_remote_code, max_model_len=max_model_len
+        config, name=name, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, max_model_len=max_model_len
     )
+    check_attention_calls(model, name=name, spec=ModelSpec.from_config(config, name=name))
     split_layers(config.num_hidden_layers, num_stages)
     if num_stages > 1:
         fill_buffers(model, torch.device("cpu"))
-        check_passes_hidden_through(model, name=model_dir.name, device=torch.device("cpu"))
+        check_passes_hidden_through(model, name=name, device=torch.device("cpu"))
     if load_format is LoadFormat.DUMMY:
         return
     checkpoint = Checkpoint.open(model_dir)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -28,10 +28,16 @@ from transformers import (
 )
 
 from pipemax.config import ConfigError, LoadFormat
+from pipemax.model_spec import ModelSpec
 from pipemax.worker.attention_hook import ATTENTION_NAME, register
 
 _BASE_PARTS = ("embed_tokens", "layers", "norm")
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_NO_INTERFACE = "its attention does not go through Transformers' attention interface"
+_PROBE_NAME = "pipemax_probe"
+# What a layer may hand to attention: what the hook heeds, and what says nothing new (the model's own keywords).
+_ATTENTION_OPTIONS = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "dropout"})
+_MODEL_OPTIONS = frozenset({"position_ids", "use_cache", "step_context"})
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -130,22 +136,27 @@ def empty_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, attn_implementation=ATTENTION_NAME, dtype=dtype, trust_remote_code=trust_remote_code
             )
-    except ValueError as error:
-        raise ModelNotSupported(f"{name}: {str(error).splitlines()[0]}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
+        if error.args == (ATTENTION_NAME,):
+            raise _refusal(config, name, _NO_INTERFACE) from error
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise _refusal(config, name, f"Transformers cannot build it ({type(error).__name__}: {reason})") from error
     if model._can_set_experts_implementation():
         # One grouped GEMM over all experts: the eager loop synchronises the host with the device in every layer.
         model.set_experts_implementation("grouped_mm")
     _check_structure(model, name=name)
     model.requires_grad_(False)
-    model.eval()
+    model.train(False)
     return model
 
 
-def _check_config(config: PretrainedConfig, *, name: str, max_model_len: int | None) -> None:
-    kind = config.model_type
+def _refusal(config: PretrainedConfig, name: str, reason: str) -> ModelNotSupported:
+    return ModelNotSupported(f"{name} ({config.model_type}): {reason}")
 
+
+def _check_config(config: PretrainedConfig, *, name: str, max_model_len: int | None) -> None:
     def refuse(reason: str) -> ModelNotSupported:
-        return ModelNotSupported(f"{name} ({kind}): {reason}")
+        return _refusal(config, name, reason)
 
     if config.is_encoder_decoder:
         raise refuse("an encoder-decoder; only decoder-only language models can be run")
@@ -192,13 +203,11 @@ def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def _check_structure(model: PreTrainedModel, *, name: str) -> None:
-    kind = model.config.model_type
-
     def refuse(reason: str) -> ModelNotSupported:
-        return ModelNotSupported(f"{name} ({kind}): {reason}")
+        return _refusal(model.config, name, reason)
 
     if not model._supports_attention_backend:
-        raise refuse("its attention does not go through Transformers' attention interface")
+        raise refuse(_NO_INTERFACE)
     plan = getattr(model.config, "base_model_pp_plan", None)
     if plan is None:
         raise refuse("Transformers has no pipeline plan for it (base_model_pp_plan)")
@@ -208,6 +217,9 @@ def _check_structure(model: PreTrainedModel, *, name: str) -> None:
     if base is model or model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise refuse("it has no language-model head")
     head = head_of(model)
+    absent = [part for part in _BASE_PARTS if not hasattr(base, part)]
+    if absent:
+        raise refuse(f"it has no {absent[0]}, though its pipeline plan says so")
     if len(base.layers) != model.config.num_hidden_layers:
         raise refuse(f"it has {len(base.layers)} layers beside the {model.config.num_hidden_layers} of its config")
     inside = tuple(f"{model.base_model_prefix}.{part}." for part in _BASE_PARTS)
@@ -227,6 +239,14 @@ def base_of(model: PreTrainedModel) -> Any:
 def head_of(model: PreTrainedModel) -> Any:
     """The module that makes logits of hidden states."""
     return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class _AttentionCall:
+    layer: int
+    shapes: tuple[tuple[int, ...], ...]
+    causal: bool
+    unknown_options: tuple[str, ...]
 
 
 def check_passes_hidden_through(model: PreTrainedModel, *, name: str, device: torch.device) -> None:
@@ -250,10 +270,65 @@ def check_passes_hidden_through(model: PreTrainedModel, *, name: str, device: to
     finally:
         base.layers, base.norm = layers, norm
     if not unchanged:
-        raise ModelNotSupported(
-            f"{name} ({model.config.model_type}): it changes the embeddings outside its embedding and layers, "
-            "so only one stage would be right; set pipeline_parallel_size to 1"
+        raise _refusal(
+            model.config,
+            name,
+            "it changes the embeddings outside its embedding and layers, so only one stage would be right; "
+            "set pipeline_parallel_size to 1",
         )
+
+
+def check_attention_calls(model: PreTrainedModel, *, name: str, spec: ModelSpec) -> None:
+    """Raises ModelNotSupported unless every layer attends once, in order, in the way that the hook and the KV hold.
+
+    Runs a whole bfloat16 model on the meta device: shapes only. A model whose forward needs values (some mixtures of
+    experts look at their routing) is let through; a shape that does not fit fails at its first step then.
+    """
+    calls: list[_AttentionCall] = []
+
+    def record(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+    ) -> tuple[Tensor, None]:
+        given = {option for option, setting in options.items() if setting is not None}
+        calls.append(
+            _AttentionCall(
+                layer=int(module.layer_idx),  # type: ignore[arg-type]
+                shapes=(tuple(query.shape[1::2]), tuple(key.shape[1::2]), tuple(value.shape[1::2])),
+                causal=attention_mask is None and getattr(module, "is_causal", True),
+                unknown_options=tuple(sorted(given - _ATTENTION_OPTIONS - _MODEL_OPTIONS)),
+            )
+        )
+        return torch.empty_like(query).transpose(1, 2), None
+
+    AttentionInterface.register(_PROBE_NAME, record)
+    model.set_attn_implementation(_PROBE_NAME)
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    try:
+        with torch.inference_mode():
+            base_of(model)(input_ids=tokens, position_ids=tokens, use_cache=False)
+    except (RuntimeError, NotImplementedError):
+        finished = False
+    else:
+        finished = True
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+    kv = (spec.num_kv_heads, spec.head_dim)
+    expected = ((spec.num_heads, spec.head_dim), kv, kv)
+    for call in calls:
+        if call.shapes != expected:
+            reason = (
+                f"layer {call.layer} has queries, keys, values of (heads, size) {call.shapes}, the config {expected}"
+            )
+        elif not call.causal:
+            reason = f"layer {call.layer} attends with a mask of its own, not causally"
+        elif call.unknown_options:
+            reason = f"layer {call.layer} asks attention for {', '.join(call.unknown_options)}, which is not known here"
+        else:
+            continue
+        raise _refusal(model.config, name, reason)
+    layers = [call.layer for call in calls]
+    if layers != list(range(spec.num_layers if finished else len(layers))):
+        raise _refusal(model.config, name, f"its layers attend in the order {layers}, not once each in turn")
 
 
 def keep_slice(model: PreTrainedModel, stage: StageSlice, *, tied_head: bool) -> None:
