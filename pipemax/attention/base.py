@@ -63,5 +63,3 @@ class AttentionBackend(Protocol):
     def run(self, query_THD: Tensor, kv_pool: Tensor, layer: LayerAttention) -> Tensor:
         """Attention of all rows. query [T, Hq, D] gives [T, Hq, D]; keys and values come from the pages."""
         ...
-
-

@@ -82,5 +82,3 @@ def attend(
 def register() -> None:
     """Makes `attn_implementation="pipemax"` known to Transformers in this process. Idempotent."""
     AttentionInterface.register(ATTENTION_NAME, attend)
-
-
