@@ -36,19 +36,27 @@ class GenerationError(RequestError):
     """A request that was right failed while it ran (logits that are not numbers). Other requests are not affected."""
 
 
-def _integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+# Stages keep parameters in arrays: a number beyond them must be one row's error, not the end of a stage.
+_LARGEST_INTEGER = 2**31 - 1
+
+
+def _integer(name: str, value: object, minimum: int, maximum: int = _LARGEST_INTEGER) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(f"{name} must be an integer, got {value!r}", param=name)
-    if value < minimum or (maximum is not None and value > maximum):
-        bound = f"at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
+    if not minimum <= value <= maximum:
+        bound = f"at least {minimum}" if value < minimum else f"at most {maximum}"
         raise RequestError(f"{name} must be {bound}, got {value!r}", param=name)
 
 
 def _number(name: str, value: object, minimum: float, maximum: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError(f"{name} must be a number, got {value!r}", param=name)
-    if not minimum <= value <= maximum or math.isinf(value) or math.isnan(value):
-        bound = f"at least {minimum:g}" if maximum == math.inf else f"in [{minimum:g}, {maximum:g}]"
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        finite = False
+    if not finite or not minimum <= value <= maximum:
+        bound = f"finite and at least {minimum:g}" if maximum == math.inf else f"in [{minimum:g}, {maximum:g}]"
         raise RequestError(f"{name} must be {bound}, got {value!r}", param=name)
 
 

@@ -351,8 +351,6 @@ def _sampling_params(body: Mapping[str, Any], endpoint: Endpoint, defaults: Mapp
     logprobs_field = _put_logprobs(values, body, endpoint)
     try:
         return SamplingParams(**values)
-    except OverflowError:
-        raise _RowRefusedError(ErrorCode.INVALID_VALUE, "a number is too large") from None
     except RequestError as error:
         # Errors speak of SamplingParams' names; the row may have used another one for the same thing.
         param, message = error.param, str(error)
