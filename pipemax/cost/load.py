@@ -1,0 +1,90 @@
+"""`StepLoad` and `StageShape`: what a step asks of a stage, in the few numbers that its duration depends on.
+
+Here live the sums over the rows of a step and the part of the model that a stage holds. Never here: seconds (`model.py`
+and what implements it) or bytes (`weights.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipemax.plan import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StageShape:
+    """The part of a model on one stage: decoder layers (global indices), and whether the ends of the model are
+    there."""
+
+    layers: range
+    has_embedding: bool
+    has_head: bool
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+
+def whole_model(num_layers: int) -> StageShape:
+    """The one stage of a model that is not split."""
+    return StageShape(range(num_layers), has_embedding=True, has_head=True)
+
+
+def even_stages(num_layers: int, num_stages: int) -> tuple[StageShape, ...]:
+    """Layers cut as evenly as they go; the first stages take one more where they do not go evenly.
+
+    The last stage has the head to compute as well, so it should not be one of the longer ones.
+    """
+    assert 1 <= num_stages <= num_layers
+    base, longer = divmod(num_layers, num_stages)
+    stages = []
+    first = 0
+    for index in range(num_stages):
+        after = first + base + (index < longer)
+        stages.append(StageShape(range(first, after), has_embedding=index == 0, has_head=index == num_stages - 1))
+        first = after
+    return tuple(stages)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """Sums over the rows of one step; the same on every stage.
+
+    num_rows         rows
+    num_tokens       new tokens: what the GEMMs multiply
+    kv_tokens        keys that attention reads, the new ones included
+    attention_pairs  (query, key) pairs under the causal mask: what attention's arithmetic grows with
+    num_samples      rows that yield a token: what the head multiplies
+    """
+
+    num_rows: int
+    num_tokens: int
+    kv_tokens: int
+    attention_pairs: int
+    num_samples: int
+
+    @classmethod
+    def of_rows(cls, num_computed: np.ndarray, num_new: np.ndarray, num_samples: int) -> StepLoad:
+        """Rows given as integer arrays [R]: tokens in the cache before the step, new tokens."""
+        computed = num_computed.astype(np.int64, copy=False)
+        new = num_new.astype(np.int64, copy=False)
+        num_tokens = int(new.sum())
+        # Query j of a row (from 0) sees num_computed + j + 1 keys.
+        pairs = int((new * (2 * computed + new + 1)).sum()) // 2
+        return cls(len(new), num_tokens, int(computed.sum()) + num_tokens, pairs, num_samples)
+
+    @classmethod
+    def of_plan(cls, plan: StepPlan) -> StepLoad:
+        return cls.of_rows(plan.num_computed_tokens, plan.num_new_tokens, int(np.count_nonzero(plan.samples)))
+
+    @classmethod
+    def of_decode(cls, *, num_rows: int, kv_tokens: int) -> StepLoad:
+        """One new token a row; `kv_tokens` as above."""
+        return cls(num_rows, num_rows, kv_tokens, kv_tokens, num_rows)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row computes one token, so that weights and KV are read for few multiplications each."""
+        return self.num_tokens == self.num_rows

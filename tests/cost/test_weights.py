@@ -1,0 +1,33 @@
+"""Parameter counts against those of the published models (meta-device counts, norms included)."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipemax.cost.load import even_stages, whole_model
+from pipemax.cost.weights import LayerWeights
+from pipemax.model_spec import ModelSpec
+from tests.cost.models import LLAMA_1B, LLAMA_8B, LLAMA_70B, MIXTRAL
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        (LLAMA_70B, 70_553_706_496),
+        (LLAMA_8B, 8_030_261_248),
+        (LLAMA_1B, 1_235_814_400),
+        (MIXTRAL, 46_702_792_704),
+    ],
+    ids=lambda value: value.name if isinstance(value, ModelSpec) else "",
+)
+def test_counts_are_those_of_the_model(model, parameters):
+    stage = whole_model(model.num_layers)
+    counted = LayerWeights.of(model).stage_parameters(stage, tied_ends=model.tie_word_embeddings)
+    assert counted == pytest.approx(parameters, rel=1e-3)
+
+
+def test_tied_ends_are_held_twice_once_they_are_on_two_stages():
+    weights = LayerWeights.of(LLAMA_1B)
+    stages = even_stages(LLAMA_1B.num_layers, 2)
+    split = sum(weights.stage_parameters(stage, tied_ends=True) for stage in stages)
+    assert split == weights.stage_parameters(whole_model(16), tied_ends=True) + weights.embedding
