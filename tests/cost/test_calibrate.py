@@ -1,0 +1,65 @@
+"""Online correction: right after a window, blind to outliers, bounded, apart for each kind of step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipemax.cost.calibrate import CalibratedCostModel
+from pipemax.cost.load import StageShape, StepLoad
+from pipemax.cost.perturbed import PerturbedCostModel
+
+STAGE = StageShape(range(4), has_embedding=True, has_head=True)
+DECODE = StepLoad.of_decode(num_rows=8, kv_tokens=800)
+PREFILL = StepLoad.of_rows(np.array([0]), np.array([100]), 1)
+
+
+class SecondsPerToken:
+    def step_seconds(self, load: StepLoad, stage: StageShape) -> float:
+        return float(load.num_tokens)
+
+
+def calibrated(**settings) -> CalibratedCostModel:
+    return CalibratedCostModel(model=SecondsPerToken(), **settings)
+
+
+def test_nothing_changes_before_there_are_enough_steps():
+    cost = calibrated(min_steps=4)
+    for _ in range(3):
+        cost.observe(DECODE, STAGE, 16.0)
+    assert cost.step_seconds(DECODE, STAGE) == 8.0
+    cost.observe(DECODE, STAGE, 16.0)
+    assert cost.step_seconds(DECODE, STAGE) == 16.0
+
+
+def test_errors_of_half_are_found_under_noise_for_each_kind_of_step():
+    cost = calibrated()
+    truth = PerturbedCostModel(model=SecondsPerToken(), decode_factor=1.5, prefill_factor=0.5, noise=0.2, seed=3)
+    for step in range(100):
+        load = PREFILL if step % 5 == 0 else DECODE
+        cost.observe(load, STAGE, truth.step_seconds(load, STAGE))
+    assert cost.decode_factor == pytest.approx(1.5, rel=0.1)
+    assert cost.prefill_factor == pytest.approx(0.5, rel=0.15)
+    assert cost.step_seconds(DECODE, STAGE) == pytest.approx(12.0, rel=0.1)
+
+
+def test_a_minority_of_stalls_does_not_matter():
+    cost = calibrated(window_steps=20)
+    for step in range(60):
+        cost.observe(DECODE, STAGE, 9.0 if step % 20 >= 9 else 900.0)
+    assert cost.decode_factor == pytest.approx(9 / 8)
+
+
+def test_old_steps_are_forgotten():
+    cost = calibrated(window_steps=10)
+    for seconds in [8.0] * 50 + [12.0] * 10:
+        cost.observe(DECODE, STAGE, seconds)
+    assert cost.decode_factor == 1.5
+
+
+def test_corrections_are_bounded_and_empty_steps_ignored():
+    cost = calibrated(min_steps=1, max_factor=3.0)
+    cost.observe(StepLoad(0, 0, 0, 0, 0), STAGE, 1.0)
+    assert cost.decode_factor == 1.0
+    cost.observe(DECODE, STAGE, 1e6)
+    assert cost.decode_factor == 3.0
