@@ -318,3 +318,16 @@ def test_headers_are_read_once_for_each_shard(llama):
     checkpoint = Checkpoint.open(llama)
     assert set(checkpoint.file_of.values()) == set(llama.glob("*.safetensors"))
     assert checkpoint.header_of["model.norm.weight"].shape == (48,)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+def test_tensors_go_straight_to_the_gpu(family, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    device = torch.device("cuda", 0)
+    whole = dict(save_model(family, tmp_path).named_parameters(remove_duplicate=False))
+    for name, parameter in parameters(load(tmp_path, device=device)).items():
+        assert parameter.device == device and torch.equal(parameter.cpu(), whole[name]), name
+    model = load(tmp_path, device=device, load_format=LoadFormat.DUMMY)
+    assert all(tensor.device == device for tensor in [*model._base.buffers(), *parameters(model).values()])

@@ -7,6 +7,7 @@ import torch
 from pipemax.attention.base import RowLayout
 from pipemax.attention.reference import ReferenceAttention
 from pipemax.config import ConfigError, LoadFormat
+from pipemax.model_spec import ModelSpec
 from pipemax.worker.attention_hook import StepContext
 from pipemax.worker.kv_store import KVStore
 from pipemax.worker.stage_model import StageModel, StageSlice, split_layers
@@ -31,16 +32,16 @@ class NoFences:
 class Pipeline:
     """Stages in one process, one after the other, over paged KV with shuffled slots."""
 
-    def __init__(self, folder, num_stages, *, load_format=LoadFormat.AUTO, dtype="auto", seed=0):
-        self.stages, self.stores = [], []
-        num_layers = StageModelSpec(folder).num_layers
+    def __init__(self, folder, num_stages, *, load_format=LoadFormat.AUTO, dtype="auto", seed=0, device=CPU):
+        self.stages, self.stores, self.device = [], [], device
+        num_layers = ModelSpec.from_pretrained(folder).num_layers
         for stage, layers in enumerate(split_layers(num_layers, num_stages)):
             model = StageModel.load(
                 model_dir=folder,
                 stage=StageSlice(stage, num_stages, layers),
                 load_format=load_format,
                 dtype=dtype,
-                device=CPU,
+                device=device,
                 seed=seed,
                 trust_remote_code=False,
             )
@@ -52,12 +53,12 @@ class Pipeline:
                     num_device_blocks=NUM_SLOTS,
                     num_host_blocks=0,
                     dtype=model.dtype,
-                    device=CPU,
+                    device=device,
                 )
             )
         self.free = list(np.random.default_rng(0).permutation(NUM_SLOTS))
         self.pages = {}
-        self.backend = ReferenceAttention(CPU)
+        self.backend = ReferenceAttention(device)
 
     def step(self, rows):
         """rows: (request, context, token ids) each. Gives logits [T, V] of all new tokens."""
@@ -77,8 +78,8 @@ class Pipeline:
                 BLOCK_SIZE,
             )
         )
-        positions = torch.cat([torch.arange(context, context + len(ids)) for _, context, ids in rows])
-        tokens, hidden = torch.cat([torch.as_tensor(ids) for _, _, ids in rows]), None
+        positions = torch.cat([torch.arange(context, context + len(ids)) for _, context, ids in rows]).to(self.device)
+        tokens, hidden = torch.cat([torch.as_tensor(ids) for _, _, ids in rows]).to(self.device), None
         for model, store in zip(self.stages, self.stores, strict=True):
             fences = NoFences()
             hidden = model.forward(
@@ -88,13 +89,7 @@ class Pipeline:
                 step_context=StepContext(self.backend, store, fences),
             )
             assert fences.entered == list(model.stage.layers)
-        return self.stages[-1].logits(hidden)
-
-
-def StageModelSpec(folder):  # noqa: N802
-    from pipemax.model_spec import ModelSpec
-
-    return ModelSpec.from_pretrained(folder)
+        return self.stages[-1].logits(hidden).cpu()
 
 
 def last_of_rows(logits, rows):
@@ -120,12 +115,27 @@ def folders(tmp_path_factory):
     return folder_of
 
 
+def cuda_or_skip():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    return torch.device("cuda", 0)
+
+
 @pytest.mark.parametrize("num_stages", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_whole_model(folders, family, num_stages):
-    folder, whole = folders(family)
+    run_against_the_whole_model(*folders(family), num_stages, device=CPU, tolerance=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_whole_model_on_a_gpu(folders, family):
+    run_against_the_whole_model(*folders(family), 3, device=cuda_or_skip(), tolerance=1e-4)
+
+
+def run_against_the_whole_model(folder, whole, num_stages, *, device, tolerance):
     assert len(list(folder.glob("*.safetensors"))) > 2
-    pipeline = Pipeline(folder, num_stages)
+    pipeline = Pipeline(folder, num_stages, device=device)
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator) for n in (9, 17, 4)]
 
@@ -142,11 +152,11 @@ def test_equals_the_whole_model(folders, family, num_stages):
     # Two chunks of prefill, the second in another order of rows.
     logits = pipeline.step(first)
     wanted = torch.cat([whole_logits[r][: len(ids)] for r, _, ids in first])
-    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, wanted, rtol=tolerance, atol=tolerance)
     second.reverse()
     logits = pipeline.step(second)
     wanted = torch.cat([whole_logits[r][context:] for r, context, _ in second])
-    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, wanted, rtol=tolerance, atol=tolerance)
 
     rows = second
     for _ in range(6):
@@ -156,7 +166,7 @@ def test_equals_the_whole_model(folders, family, num_stages):
         rows = [(request, len(sequences[request]) - 1, sequences[request][-1:]) for request in range(3)]
         logits = pipeline.step(rows)
         wanted = torch.stack([logits_of_row[-1] for logits_of_row in expected()])
-        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, wanted, rtol=tolerance, atol=tolerance)
         assert torch.equal(logits.argmax(-1), wanted.argmax(-1))
 
 
