@@ -85,6 +85,7 @@ class LLM:
             folder = cached_gguf_folder(folder)
         spec = ModelSpec.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         self._seed = config.seed
+        self._vocab_size = spec.vocab_size
         self.max_model_len = _max_model_len(config, spec)
         self._tokenizer = self._load_tokenizer(config, folder)
         self._num_batches = config.num_batches or config.pipeline_parallel_size
@@ -265,7 +266,7 @@ class LLM:
                 request_id=request.request_id, prompt=text, prompt_token_ids=token_ids, outputs=[], error=error
             )
         self._engine.add_request(state)
-        live[request_id] = _Live(request.request_id, text, token_ids)
+        live[request_id] = _Live(request.request_id, text, token_ids, request.sampling_params)
         return None
 
     def _encode(self, request: GenerationRequest) -> list[int]:
@@ -283,7 +284,7 @@ class LLM:
     def _state(self, request_id: int, token_ids: list[int], sampling: SamplingParams) -> RequestState:
         if not token_ids:
             raise RequestError("the prompt is empty: there is no token to start from", param="prompt")
-        vocab_size = self._executor.vocab_size
+        vocab_size = self._vocab_size
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             raise RequestError(f"prompt token ids must be in [0, {vocab_size - 1}]", param="prompt")
         room = self.max_model_len - len(token_ids)
@@ -321,7 +322,9 @@ class LLM:
             completion = self._outputs.finish(request_id, FinishReason.STOP, stop_string)
         else:
             assert reason is not None
-            completion = self._outputs.finish(request_id, reason, stop_reason)
+            # As in vLLM: a stop token is named only if the request asked for it, an end token is not.
+            asked_for = stop_reason if stop_reason in request.sampling.stop_token_ids else None
+            completion = self._outputs.finish(request_id, reason, asked_for)
         output = request.output()
         output.outputs.append(completion)
         return output
@@ -332,6 +335,7 @@ class _Live:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    sampling: SamplingParams
 
     def output(self, *, error: RequestError | None = None) -> RequestOutput:
         return RequestOutput(

@@ -25,7 +25,7 @@ from pipemax.scheduling.request_state import RequestState, Status
 
 
 class MemoryPressure:
-    """Verbs over `KVManager` that know ages and states. `num_left` and `num_restarted` count what shortage cost."""
+    """Verbs over `KVManager` that know ages and states. `num_left` and `num_restarted` count what shortage has cost."""
 
     def __init__(
         self,
@@ -109,6 +109,7 @@ class MemoryPressure:
                     self._stalled.add(request.request_id)
                     return False
                 self.leave(victim)
+                self.num_left += 1
                 self._drop_leftovers(1)
             self._grow(request, request.num_computed + 1)
         self._take_row(request, promoted_blocks=0)
@@ -183,7 +184,6 @@ class MemoryPressure:
         self._population.make_ready(request)
         self._leftovers[request.request_id] = request
         self._stalled.discard(request.request_id)
-        self.num_left += 1
 
     def forget(self, request: RequestState) -> None:
         """The request needs no memory any more."""
