@@ -22,9 +22,15 @@ LayerTimes = list[Line]
 
 def serve(gate: LayerTimes, *, free_seconds: float, layer_seconds: float, num_layers: int) -> LayerTimes:
     """When a server is done with each layer; see the module."""
-    lines = [(free_seconds + layer_seconds, layer_seconds)]
-    lines += [(a + layer_seconds, b if b > layer_seconds else layer_seconds) for a, b in gate]
-    return highest(lines, num_layers=num_layers)
+    first = free_seconds + layer_seconds
+    last = first + layer_seconds * (num_layers - 1)
+    lines = [(first, layer_seconds)]
+    for a, b in gate:
+        a += layer_seconds
+        b = b if b > layer_seconds else layer_seconds
+        if a > first or a + b * (num_layers - 1) > last:
+            lines.append((a, b))
+    return lines if len(lines) == 1 else highest(lines, num_layers=num_layers)
 
 
 def highest(lines: Iterable[Line], *, num_layers: int) -> LayerTimes:

@@ -279,7 +279,7 @@ class SimExecutor:
             stage.down_free = at_layer(down, num_layers - 1)
             stage.totals.down_seconds += seconds
             lines += down
-        return highest(lines, num_layers=num_layers)
+        return highest(lines, num_layers=num_layers) if refill_bytes and home_bytes else lines
 
     def _result(self, plan: StepPlan, timings: list[_Timed]) -> StepResult:
         samples = plan.samples
@@ -310,8 +310,8 @@ class SimExecutor:
         assert bool(np.all(lengths == -(-tokens // self._capacity.block_size)))
         if len(plan.refill) and len(plan.write_home):
             refill, home = plan.refill, plan.write_home
-            assert set(refill.slots.tolist()).isdisjoint(home.slots.tolist()), "refills a slot that it writes home"
-            assert set(refill.homes.tolist()).isdisjoint(home.homes.tolist()), "reads a home that it writes"
+            assert set(home.slots.tolist()).isdisjoint(refill.slots.tolist()), "refills a slot that it writes home"
+            assert set(home.homes.tolist()).isdisjoint(refill.homes.tolist()), "reads a home that it writes"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""The roofline: against GEMM times measured on an H100, and term by term on a card of round figures."""
+"""The roofline: against GEMM times measured on an H100, and term by term on a card of round figures.
+
+`python -m tests.cost.test_roofline` prints the errors.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pipemax.cost.load import StageShape, StepLoad
 from pipemax.cost.profiles import gpu_profile
 from pipemax.cost.roofline import RooflineCostModel
 from pipemax.cost.table import gemm_table
+from pipemax.model_spec import ModelSpec
 from tests.cost.models import LLAMA_8B, LLAMA_70B, MIXTRAL, QWEN_32B
 
 QWEN_14B = dataclasses.replace(QWEN_32B, name="Qwen2.5-14B", intermediate_size=13824)
@@ -36,18 +40,26 @@ ROUND = HardwareProfile(
 MIDDLE = StageShape(range(10, 20), has_embedding=False, has_head=False)
 
 
+MEASURED = (LLAMA_70B, LLAMA_8B, QWEN_14B, QWEN_32B)
+
+
+def gemm_errors(model: ModelSpec) -> dict[int, float]:
+    """Tokens in the step, and the roofline's GEMM time of a layer over the measured one, less 1."""
+    gpu = gpu_profile("h100-sxm")
+    table = gemm_table(model, gpu, dtype_bytes=2)
+    cost = RooflineCostModel(model=model, gpu=gpu)
+    return {
+        tokens: cost._layer_gemm_seconds(tokens) / measured - 1
+        for tokens, measured in zip(table.num_tokens, table.layer_seconds, strict=True)
+    }
+
+
 def decode(num_rows: int, context: int = 450) -> StepLoad:
     return StepLoad.of_decode(num_rows=num_rows, kv_tokens=num_rows * context)
 
 
 def test_gemms_are_within_12_percent_of_all_measured_points_and_3_percent_on_average():
-    gpu = gpu_profile("h100-sxm")
-    errors = []
-    for model in (LLAMA_70B, LLAMA_8B, QWEN_14B, QWEN_32B):
-        table = gemm_table(model, gpu, dtype_bytes=2)
-        cost = RooflineCostModel(model=model, gpu=gpu)
-        for tokens, measured in zip(table.num_tokens, table.layer_seconds, strict=True):
-            errors.append(cost._layer_gemm_seconds(tokens) / measured - 1)
+    errors = [error for model in MEASURED for error in gemm_errors(model).values()]
 
     assert len(errors) == 60
     assert np.abs(errors).max() < 0.12
@@ -117,3 +129,15 @@ def test_shards_share_weights_and_keys():
     one, two = (RooflineCostModel(model=LLAMA_70B, gpu=ROUND, shards=shards) for shards in (1, 2))
     load = decode(64, 1000)
     assert two.step_seconds(load, MIDDLE) == pytest.approx(one.step_seconds(load, MIDDLE) / 2, rel=0.03)
+
+
+def _print_errors() -> None:
+    for model in MEASURED:
+        errors = gemm_errors(model)
+        worst = max(errors, key=lambda tokens: abs(errors[tokens]))
+        mean = np.mean(np.abs(list(errors.values())))
+        print(f"{model.name}: mean {100 * mean:.1f} %, worst {100 * errors[worst]:+.1f} % at {worst} tokens")
+
+
+if __name__ == "__main__":
+    _print_errors()

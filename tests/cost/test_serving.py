@@ -2,6 +2,8 @@
 
 One constant is fitted, `FRAMEWORK_SECONDS_PER_ROW`, on the first run. Attention is FlashAttention 3 there, not the
 kernel of the profile: 0.7 of memory bandwidth (derived).
+
+`python -m tests.cost.test_serving` prints predictions beside measurements, and what that fraction changes.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ KV_READ_FRACTION = 0.7
 DEFAULTS = {"max_num_seqs": 1024, "max_num_batched_tokens": 16384}
 
 
-def estimate(name: str) -> tuple[ServingEstimate, dict]:
+def estimate(name: str, kv_read_fraction: float = KV_READ_FRACTION) -> tuple[ServingEstimate, dict]:
     run = RUNS[name]
     settings = DEFAULTS | run["settings"]
     limits = BatchingLimits(
@@ -45,7 +47,7 @@ def estimate(name: str) -> tuple[ServingEstimate, dict]:
         "server": measured_h100_pair() if "70b" in name else server_profile("h100-sxm", 1),
         "workload": read_lengths(DATA / run["workload"]),
         "limits": limits,
-        "kv_read_fraction": KV_READ_FRACTION,
+        "kv_read_fraction": kv_read_fraction,
     }
     if settings["pipeline_parallel_size"] > 1:
         return estimate_plain_pipeline(**common), run
@@ -120,3 +122,18 @@ def test_a_pipeline_of_one_stage_is_one_gpu():
     limits = BatchingLimits(num_blocks=4000, block_size=16, max_num_seqs=8, max_num_batched_tokens=2048)
     shared = {"model": LLAMA_8B, "server": server, "workload": workload, "limits": limits}
     assert estimate_plain_pipeline(**shared) == estimate_tensor_parallel(**shared)
+
+
+def _print_table() -> None:
+    print("| run | measured s | predicted s | error | at 0.6 | at 0.85 | preemptions measured / predicted |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in RUNS:
+        (result, run), low, high = estimate(name), estimate(name, 0.6)[0], estimate(name, 0.85)[0]
+        wall = run["wall_seconds"]
+        errors = " | ".join(f"{100 * (one.seconds / wall - 1):+.1f} %" for one in (result, low, high))
+        preemptions = f"{run['preemptions'] or '-'} / {result.num_preemptions}"
+        print(f"| {name} | {wall:.1f} | {result.seconds:.1f} | {errors} | {preemptions} |")
+
+
+if __name__ == "__main__":
+    _print_table()
