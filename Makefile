@@ -27,7 +27,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt tools/create_venv.sh
 	@tools/create_venv.sh $(VENV)
 	echo "installing PipeMax and what it needs into $(VENV) (torch is large: the first time takes minutes)"
-	$(PYTHON_BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PYTHON_BIN) -m pip install $$([ -t 1 ] || echo --quiet) --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 model: $(MODEL)/config.json

@@ -151,7 +151,7 @@ def run_batch(
             overwrite=overwrite,
             start_engine=start_engine,
             progress_style=ProgressStyle.NONE if quiet else ProgressStyle.for_stream(sys.stderr),
-            show_summary=not quiet,
+            show_messages=not quiet,
             stderr=sys.stderr,
         )
         if 0 <= error_threshold < counts.failed_rows:

@@ -116,7 +116,7 @@ def run_batch(
     overwrite: bool,
     start_engine: Callable[[], BatchEngine],
     progress_style: ProgressStyle,
-    show_summary: bool,
+    show_messages: bool,
     stderr: TextIO,
 ) -> JobCounts:
     """Runs a whole job and gives what came of its rows. An input without rows needs no engine.
@@ -126,6 +126,8 @@ def run_batch(
     """
     counts = JobCounts(total_rows=count_rows(files.input))
     answers, errors = OutputJournal(files.answers), OutputJournal(files.errors)
+    if show_messages and counts.total_rows:
+        print(f"pipemax: {counts.total_rows:,} rows in {files.input}; loading the model", file=stderr, flush=True)
     engine = start_engine() if counts.total_rows else None
     try:
         start_seconds = time.monotonic()
@@ -146,7 +148,7 @@ def run_batch(
                     with display:
                         _Job(engine, files.input, answers, errors, counts).run()
         finally:
-            if show_summary:
+            if show_messages:
                 stats = None if engine is None else engine.stats()
                 print(_summary(counts, time.monotonic() - start_seconds, stats, files), file=stderr, flush=True)
     finally:

@@ -91,7 +91,7 @@ class Job:
             overwrite=overwrite,
             start_engine=self.start_engine,
             progress_style=ProgressStyle.NONE,
-            show_summary=True,
+            show_messages=True,
             stderr=self.stderr,
         )
 

@@ -24,7 +24,11 @@ def main() -> None:
     destination = Path(sys.argv[1])
     if (destination / "config.json").is_file():
         return
+    from transformers.utils import logging
+
     from pipemax.worker.gguf import convert_gguf
+
+    logging.disable_progress_bar()
 
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".download-") as folder:
