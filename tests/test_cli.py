@@ -134,8 +134,8 @@ def test_a_model_that_is_not_there(monkeypatch, capsys, tmp_path):
     body = {"messages": [{"role": "user", "content": "x"}]}
     record = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
     (tmp_path / "in.jsonl").write_text(json.dumps(record))
-    arguments = ("run-batch", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--model", tmp_path / "none")
-    assert run(monkeypatch, *arguments) == 2
+    files = ("-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--model", tmp_path / "none")
+    assert run(monkeypatch, "run-batch", "--quiet", *files) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pipemax: error: ") and str(tmp_path / "none") in line
     assert not (tmp_path / "out.jsonl").exists()
