@@ -1,0 +1,18 @@
+"""What the fork server imports before it forks stage processes. Nothing else ever imports this module.
+
+Stages then start in a fraction of a second. Importing starts no threads and touches no GPU, or forks would inherit
+broken ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+import transformers.models.auto.modeling_auto  # noqa: F401  (its import takes seconds; stages need it)
+
+import pipemax.worker.stage_process  # noqa: F401
+
+# The server ends when its parent is gone. Taking all these modules apart would keep it another second or two.
+# Stage processes do not pass here: they end by os._exit.
+atexit.register(os._exit, 0)

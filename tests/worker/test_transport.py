@@ -1,0 +1,164 @@
+"""Stage links between real processes, over gloo on the loopback interface."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipemax.worker import transport
+from pipemax.worker.transport import LinkError, StageLinks
+
+HIDDEN = 96
+# Tokens and samples of each step: the first stage hands all of them on before it looks at any answer.
+STEPS = [(1 + 37 * step % 90, step % 4) for step in range(24)]
+
+
+def run_stages(stages: list[Callable[[int, int, Path], object]], folder: Path) -> list[object]:
+    """Runs stage i as stages[i](i, number of stages, rendezvous), each in a process; what each returned or raised."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipemax.worker.preload"])
+    processes, pipes = [], []
+    for index, stage in enumerate(stages):
+        pipe, child_pipe = context.Pipe(duplex=False)
+        process = context.Process(
+            target=report, args=(child_pipe, stage, index, len(stages), folder / "rendezvous"), daemon=True
+        )
+        process.start()
+        child_pipe.close()
+        processes.append(process)
+        pipes.append(pipe)
+    outcomes = []
+    for pipe in pipes:
+        assert pipe.poll(60), "a stage hangs"
+        try:
+            outcomes.append(pipe.recv())
+        except EOFError:
+            outcomes.append(None)
+    for process in processes:
+        process.kill()
+        process.join()
+    return outcomes
+
+
+KEPT: list[StageLinks] = []
+
+
+def connect(stage: int, num_stages: int, rendezvous: Path) -> StageLinks:
+    """Links that live as long as the process: a send that is dropped before it has arrived is cancelled."""
+    links = StageLinks(stage=stage, num_stages=num_stages, rendezvous=rendezvous)
+    KEPT.append(links)
+    return links
+
+
+def report(pipe: Connection, stage: Callable[[int, int, Path], object], *arguments: object) -> None:
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        try:
+            pipe.send(stage(*arguments))  # type: ignore[arg-type]
+        except LinkError as error:
+            pipe.send(error)
+    signal.pause()  # stays, so that links do not break before the others are done
+
+
+def many_steps(stage: int, num_stages: int, rendezvous: Path) -> object:
+    """Stage s adds s to what it gets; the last stage answers with the sum over each of the first rows."""
+    links = connect(stage, num_stages, rendezvous)
+    links.set_hidden(HIDDEN, torch.bfloat16)
+    posted, answers = 0, []
+    for step, (num_tokens, num_samples) in enumerate(STEPS):
+        if stage == 0:
+            hidden_TH = torch.full((num_tokens, HIDDEN), float(step), dtype=torch.bfloat16)
+        else:
+            while posted < len(STEPS) and links.post_hidden(STEPS[posted][0]):
+                posted += 1
+            hidden_TH = links.receive_hidden() + stage
+            assert hidden_TH.shape == (num_tokens, HIDDEN)
+        if stage < num_stages - 1:
+            links.send_hidden(hidden_TH)
+            if stage == 0 and num_samples:
+                answers.append(links.post_tokens(num_samples))
+        elif num_samples:
+            links.send_tokens(hidden_TH[:1].sum(dim=1).to(torch.int32).expand(num_samples).contiguous())
+    return [answer.wait().tolist() for answer in answers]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_many_steps_in_flight_arrive_whole_and_in_order(num_stages: int, tmp_path: Path) -> None:
+    answers = run_stages([many_steps] * num_stages, tmp_path)[0]
+    added = sum(range(num_stages))
+    assert answers == [[(step + added) * HIDDEN] * samples for step, (_, samples) in enumerate(STEPS) if samples]
+
+
+def dies_after_connecting(stage: int, num_stages: int, rendezvous: Path) -> object:
+    connect(stage, num_stages, rendezvous)
+    os._exit(3)
+
+
+def waits_for_hidden(stage: int, num_stages: int, rendezvous: Path) -> object:
+    links = connect(stage, num_stages, rendezvous)
+    links.set_hidden(HIDDEN, torch.float32)
+    links.post_hidden(5)
+    return links.receive_hidden()
+
+
+def waits_for_tokens(stage: int, num_stages: int, rendezvous: Path) -> object:
+    return connect(stage, num_stages, rendezvous).post_tokens(5).wait()
+
+
+def test_a_dead_stage_before_breaks_the_link(tmp_path: Path) -> None:
+    assert isinstance(run_stages([dies_after_connecting, waits_for_hidden], tmp_path)[1], LinkError)
+
+
+def test_a_dead_last_stage_breaks_the_link_to_the_first(tmp_path: Path) -> None:
+    assert isinstance(run_stages([waits_for_tokens, dies_after_connecting], tmp_path)[0], LinkError)
+
+
+def connects_alone(stage: int, num_stages: int, rendezvous: Path) -> object:
+    transport.CONNECT_TIMEOUT = timedelta(seconds=0.5)
+    return StageLinks(stage=0, num_stages=2, rendezvous=rendezvous)
+
+
+def test_a_stage_that_never_comes_does_not_hang_the_others(tmp_path: Path) -> None:
+    error = run_stages([connects_alone], tmp_path)[0]
+    assert isinstance(error, LinkError) and "stage 0 could not connect" in str(error)
+
+
+def listening_addresses(stage: int, num_stages: int, rendezvous: Path) -> object:
+    connect(stage, num_stages, rendezvous)
+    inodes = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_socket(fd)}
+    addresses = []
+    for file in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(file).read_text().splitlines()[1:]:
+            words = line.split()
+            if f"socket:[{words[9]}]" in inodes:
+                addresses.append(words[1].rpartition(":")[0])
+    return addresses
+
+
+def _is_socket(fd: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+    except OSError:
+        return False
+
+
+def test_sockets_are_on_the_loopback_interface_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    loopback = socket.inet_aton("127.0.0.1")[::-1].hex().upper()
+    for addresses in run_stages([listening_addresses] * 2, tmp_path):
+        assert addresses and set(addresses) == {loopback}  # type: ignore[call-overload]
+
+
+def test_a_single_stage_has_no_links(tmp_path: Path) -> None:
+    StageLinks(stage=0, num_stages=1, rendezvous=tmp_path / "rendezvous")
+    assert not dist.is_initialized() and not (tmp_path / "rendezvous").exists()
