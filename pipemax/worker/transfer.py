@@ -2,15 +2,15 @@
 
 Two streams, one a direction. Layer l of step k:
 
-    compute   ...| enter(l) | append, attend | leave(l) | layers l+1 ...        next step: enter(l)
-                 waits for                     |     |                                     waits for both
-                 home(k-1), refill(k-1) of l   v     |
-    home                                     copies of write_home(k) -----------------------> |
-    refill                                           v                                        |
-                                             after home(k-1) of l: copies of refill(k) -----> |
+    compute   | enter(l) | append, attend | leave(l) | layers l+1 ...                | next step: enter(l)
+                waits for home(k-1)          |                                           waits for both
+                and refill(k-1) of l         |
+    home                                     +--> copies of write_home(k) ---------->|
+    refill                                   +--> after home(k-1) of l: refill(k) -->|
 
 These are the orders of `plan.py` and no more: compute -> home -> next compute, compute -> refill -> next compute,
-home -> next refill. In a COPY step nothing computes, so the streams wait for each other instead and the caller goes on.
+home -> next refill. In a COPY step nothing computes, so the streams wait for each other where compute would have
+waited, and the caller goes on.
 
 Never here: which blocks to move (the control plane says), how bytes are moved (`device.py`), attention.
 """
@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from pipemax.plan import Int32Array, StepPlan
-from pipemax.worker.device import BlockRuns, CopyStream, Device, Event
+from pipemax.worker.device import BlockRuns, CopyStream, Device, Event, Stopwatch
 
 
 class KVPools(Protocol):
@@ -41,11 +41,16 @@ class KVPools(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepTransfers:
-    """What one step's copies came to. The wait is compute's, for copies of the step before."""
+    """What one step's copies came to."""
 
-    window_wait_seconds: float
+    window_wait: Stopwatch
     refill_bytes: int
     home_bytes: int
+
+    @property
+    def window_wait_seconds(self) -> float:
+        """How long compute waited for copies of the step before; blocks until it has passed the last wait."""
+        return self.window_wait.seconds()
 
 
 class TransferEngine:
@@ -95,25 +100,24 @@ class TransferEngine:
         self._next_layer = layer + 1
         if self._home_runs is None and self._refill_runs is None:
             return
-        computed = self._device.record_compute()
-        self._home_stream.wait(computed)
-        self._refill_stream.wait(computed)
+        self._copies_wait_for_compute()
+        self._refill_waits_for_home(layer)
         self._copy(layer)
 
     def finish_step(self) -> StepTransfers:
         """Ends the step; a step without rows issues its copies here. Does not wait for copies."""
         if self._next_layer == self._layers.start:
+            self._copies_wait_for_compute()
             for layer in self._layers:
-                # Nothing computed between the step before and these copies: its refill still has to come first.
-                if layer in self._refill_done:
-                    self._home_stream.wait(self._refill_done[layer])
+                self._home_waits_for_refill(layer)
+                self._refill_waits_for_home(layer)
                 self._copy(layer)
             self._next_layer = self._layers.stop
         assert self._next_layer == self._layers.stop, "a layer was not left"
         refilled = len(self._refill_runs) if self._refill_runs else 0
         homed = len(self._home_runs) if self._home_runs else 0
         return StepTransfers(
-            window_wait_seconds=self._wait_clock.seconds(),
+            window_wait=self._wait_clock,
             refill_bytes=refilled * self._block_bytes,
             home_bytes=homed * self._block_bytes,
         )
@@ -136,14 +140,23 @@ class TransferEngine:
         if (event := self._refill_done.pop(layer, None)) is not None:
             event.wait()
 
+    def _copies_wait_for_compute(self) -> None:
+        computed = self._device.record_compute()
+        self._home_stream.wait(computed)
+        self._refill_stream.wait(computed)
+
     def _refill_waits_for_home(self, layer: int) -> None:
-        # After a step with rows compute has waited already; after a COPY step this is the only order between the two.
+        # Of the steps before: this step's is not queued yet. After enter, compute has waited for it already.
         if (event := self._home_done.get(layer)) is not None:
             self._refill_stream.wait(event)
 
+    def _home_waits_for_refill(self, layer: int) -> None:
+        # Of the steps before, as above.
+        if (event := self._refill_done.get(layer)) is not None:
+            self._home_stream.wait(event)
+
     def _copy(self, layer: int) -> None:
         if self._refill_runs is not None:
-            self._refill_waits_for_home(layer)  # of the steps before: this step's is not queued yet
             self._refill_stream.copy_blocks(
                 self._pools.device_pool(layer), self._pools.home_pool(layer), self._refill_runs
             )
