@@ -111,6 +111,14 @@ class Stopwatch(Protocol):
         ...
 
 
+class Mark(Protocol):
+    """A point that compute passes."""
+
+    def seconds(self) -> float:
+        """When it was passed, on this machine's monotonic clock; blocks until then."""
+        ...
+
+
 class Device(Protocol):
     """What a stage runs on."""
 
@@ -124,6 +132,10 @@ class Device(Protocol):
         ...
 
     def stopwatch(self) -> Stopwatch: ...
+
+    def mark(self) -> Mark:
+        """The point after everything issued so far."""
+        ...
 
     def free_bytes(self) -> int | None:
         """Free memory of the device; None where it is host memory, which all stages share."""
@@ -205,6 +217,14 @@ class CpuStopwatch:
         return self._sum_seconds
 
 
+@dataclass(frozen=True, slots=True)
+class CpuMark:
+    passed_seconds: float
+
+    def seconds(self) -> float:
+        return self.passed_seconds
+
+
 class CpuDevice:
     """Compute in the caller's thread: what was issued is done."""
 
@@ -223,6 +243,9 @@ class CpuDevice:
     def stopwatch(self) -> Stopwatch:
         return CpuStopwatch()
 
+    def mark(self) -> Mark:
+        return CpuMark(time.monotonic())
+
     def free_bytes(self) -> int | None:
         return None
 
@@ -230,89 +253,13 @@ class CpuDevice:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
 
-class CudaEvent:
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self.event = event
-
-    def wait(self) -> None:
-        self.event.wait()
-
-
-class CudaCopyStream:
-    """A CUDA stream and one asynchronous copy a run. Home memory has to be pinned."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def wait(self, event: Event) -> None:
-        assert isinstance(event, CudaEvent)
-        self._stream.wait_event(event.event)
-
-    def copy_blocks(self, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
-        with torch.cuda.stream(self._stream):
-            for to, of in runs.slices():
-                destination[to].copy_(source[of], non_blocking=True)
-
-    def record(self) -> Event:
-        return CudaEvent(self._stream.record_event())
-
-    def close(self) -> None:
-        self._stream.synchronize()
-
-
-class CudaStopwatch:
-    def __init__(self) -> None:
-        self._intervals: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def start(self) -> None:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        first.record()
-        self._intervals.append((first, last))
-
-    def stop(self) -> None:
-        self._intervals[-1][1].record()
-
-    def seconds(self) -> float:
-        total_milliseconds = 0.0
-        for first, last in self._intervals:
-            last.synchronize()
-            total_milliseconds += first.elapsed_time(last)
-        return total_milliseconds / 1e3
-
-
-class CudaDevice:
-    """Compute is the current stream of one GPU."""
-
-    def __init__(self, index: int) -> None:
-        self._torch_device = torch.device("cuda", index)
-        torch.cuda.set_device(self._torch_device)
-
-    @property
-    def torch_device(self) -> torch.device:
-        return self._torch_device
-
-    def copy_stream(self, name: str) -> CopyStream:
-        return CudaCopyStream(self._torch_device)
-
-    def record_compute(self) -> Event:
-        return CudaEvent(torch.cuda.current_stream().record_event())
-
-    def stopwatch(self) -> Stopwatch:
-        return CudaStopwatch()
-
-    def free_bytes(self) -> int | None:
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self._torch_device)[0]
-
-    def allocate_home(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-
-
 def open_device(kind: str, *, index: int) -> Device:
     """The device of a stage; `kind` as `resolve_device` gives it."""
     if kind == "cpu":
         return CpuDevice()
     assert kind == "cuda"
+    from pipemax.worker.cuda_device import CudaDevice
+
     return CudaDevice(index)
 
 

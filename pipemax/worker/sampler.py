@@ -36,6 +36,7 @@ from torch import Tensor
 
 from pipemax.plan import Int32Array, Int64Array, NewRequest, TokenLogprobs
 from pipemax.request import SamplingParams
+from pipemax.worker.upload import upload
 
 # One float32 temporary is at most 64 MiB: rows that need more than argmax are worked on in chunks of this many logits.
 _CHUNK_ELEMENTS = 1 << 24
@@ -85,16 +86,13 @@ def _splitmix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return value ^ (value >> np.uint64(31))
 
 
-def _upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-
 class SampledTokens:
     """What `Sampler.sample` gave for S rows.
 
     token_ids   int32 [S] on the device; -1 where the row failed
 
-    `row_errors` and `logprobs` wait for the device when they are first read, and not before.
+    `row_errors` and `logprobs` wait for the device when they are first read, and not before; or not at all, if
+    `start_read_back` was called and the device has passed that point.
     """
 
     def __init__(
@@ -111,6 +109,19 @@ class SampledTokens:
         self._output_indices = output_indices
         self._health_S = health_S
         self._logprobs = logprobs
+
+    def start_read_back(self) -> None:
+        """Starts copies to the host of all that it will read: `host_token_ids`, `row_errors`, `logprobs`."""
+        self._host_token_ids = self.token_ids.to("cpu", non_blocking=True)
+        self._health_S = self._health_S.to("cpu", non_blocking=True)
+        if self._logprobs is not None:
+            self._logprobs = self._logprobs.start_read_back()
+
+    @property
+    def host_token_ids(self) -> Int32Array:
+        """`token_ids`, once the device has passed `start_read_back`."""
+        token_ids: Int32Array = self._host_token_ids.numpy()
+        return token_ids
 
     @cached_property
     def _health(self) -> NDArray[np.float32]:
@@ -215,7 +226,7 @@ class Sampler:
         held_back = rows["num_outputs"] < rows["min_tokens"]
         edited = held_back | (rows["penalty_slot"] >= 0)
         for chunk in self._chunks(np.flatnonzero(edited | ~rows["greedy"])):
-            chunk_R = _upload(chunk, self._device)
+            chunk_R = upload(chunk, self._device)
             raw_health_R = health_S[chunk_R]
             logits_RV = logits_SV[chunk_R]  # a copy: what follows writes into it
             self._hold_back(logits_RV, slots[chunk], held_back[chunk])
@@ -225,7 +236,7 @@ class Sampler:
             if len(random) == len(chunk):
                 chosen_R = self._draw(logits_RV, top_R, rows[chunk])
             elif len(random) > 0:
-                random_R = _upload(random, self._device)
+                random_R = upload(random, self._device)
                 chosen_R[random_R] = self._draw(logits_RV[random_R], top_R[random_R], rows[chunk][random])
             token_S[chunk_R] = chosen_R
             health_S[chunk_R] = torch.where(raw_health_R.isfinite(), top_R, raw_health_R)
@@ -252,26 +263,26 @@ class Sampler:
             return
         tokens = [self._held_back[int(slot)] for slot in slots[rows]]
         row_of_token = np.repeat(rows, [len(ids) for ids in tokens])
-        where = (_upload(row_of_token, self._device), _upload(np.concatenate(tokens), self._device))
+        where = (upload(row_of_token, self._device), upload(np.concatenate(tokens), self._device))
         logits_RV.index_put_(where, self._minus_infinity)
 
     def _draw(self, logits_RV: Tensor, top_R: Tensor, rows: _Rows) -> Tensor:
         """Random tokens, int64 [R], from logits that are overwritten; top_R is each row's largest."""
-        inverse_temperature_R = _upload(rows["inverse_temperature"], self._device)
+        inverse_temperature_R = upload(rows["inverse_temperature"], self._device)
         if (rows["min_p_margin"] > -np.inf).any():
-            floor_R = top_R + _upload(rows["min_p_margin"], self._device)
+            floor_R = top_R + upload(rows["min_p_margin"], self._device)
             logits_RV.masked_fill_(logits_RV < floor_R[:, None], -math.inf)
         restricted = np.flatnonzero((rows["top_k"] < self._vocab_size) | (rows["top_p"] < 1.0))
         if len(restricted) == len(rows):
             self._restrict(logits_RV, top_R, inverse_temperature_R, rows)
         elif len(restricted) > 0:
-            at_R = _upload(restricted, self._device)
+            at_R = upload(restricted, self._device)
             part_RV = logits_RV[at_R]
             self._restrict(part_RV, top_R[at_R], inverse_temperature_R[at_R], rows[restricted])
             logits_RV[at_R] = part_RV
         weights_RV = logits_RV.sub_(top_R[:, None]).mul_(inverse_temperature_R[:, None]).exp_()
         draws = uniform_draws(rows["seed"], rows["num_outputs"].astype(np.uint64))
-        return _inverse_cdf(weights_RV, _upload(draws, self._device))
+        return _inverse_cdf(weights_RV, upload(draws, self._device))
 
     def _restrict(self, logits_RV: Tensor, top_R: Tensor, inverse_temperature_R: Tensor, rows: _Rows) -> None:
         """Applies top_k, then top_p, in place: -inf for the tokens that fall away. Of equal logits lower ids stay."""
@@ -280,7 +291,7 @@ class Sampler:
 
         def find_edges(chosen: Int64Array, depth: int) -> Int64Array:
             """Of the chosen rows, those that need more candidates than `depth`; the edges of the others are done."""
-            at_R = _upload(chosen, self._device)
+            at_R = upload(chosen, self._device)
             edges = _find_edges(
                 logits_RV if len(chosen) == len(rows) else logits_RV[at_R],
                 top_R[at_R],
@@ -315,7 +326,7 @@ class Sampler:
         num_top = int(num_logprobs[rows].max())
         parts = [
             _top_logprobs(logits_SV[at_R], token_S[at_R], num_top)
-            for at_R in (_upload(chunk, self._device) for chunk in self._chunks(rows))
+            for at_R in (upload(chunk, self._device) for chunk in self._chunks(rows))
         ]
         ids, values, ranks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return _LogprobTensors(rows, num_logprobs[rows], ids, values, ranks)
@@ -351,17 +362,17 @@ def _find_edges(
         sorted_RD = logits_RV.sort(dim=1, descending=True).values
     else:
         sorted_RD = logits_RV.topk(depth, dim=1).values
-    kept_RD = torch.arange(depth, device=device) < _upload(top_k, device)[:, None]
+    kept_RD = torch.arange(depth, device=device) < upload(top_k, device)[:, None]
     needs_more = np.zeros(len(top_k), np.bool_)
     if (top_p < 1.0).any():
         weight_RD = ((sorted_RD - shift_R1) * scale_R1).exp_() * kept_RD
         mass_RD = weight_RD.cumsum(dim=1, dtype=torch.float64)
         total_R1 = mass_RD[:, -1:]
-        nucleus_R1 = _upload(top_p, device)[:, None]
+        nucleus_R1 = upload(top_p, device)[:, None]
         unlimited = (top_k == vocab_size) & (top_p < 1.0)
         if depth < vocab_size and unlimited.any():
             whole_R1 = ((logits_RV - shift_R1) * scale_R1).exp_().sum(dim=1, keepdim=True, dtype=torch.float64)
-            total_R1 = torch.where(_upload(unlimited, device)[:, None], whole_R1, total_R1)
+            total_R1 = torch.where(upload(unlimited, device)[:, None], whole_R1, total_R1)
             needs_more = unlimited & (mass_RD[:, -1:] < nucleus_R1 * total_R1)[:, 0].cpu().numpy()
         # A token stays while the mass before it is below top_p: the smallest set that reaches top_p.
         before_RD = torch.nn.functional.pad(mass_RD[:, :-1], (1, 0))
@@ -445,6 +456,11 @@ class _LogprobTensors:
     values: Tensor
     ranks: Tensor
 
+    def start_read_back(self) -> _LogprobTensors:
+        """The same with tensors on the host, once the device has passed this point."""
+        ids, values, ranks = (t.to("cpu", non_blocking=True) for t in (self.ids, self.values, self.ranks))
+        return _LogprobTensors(self.rows, self.num_top, ids, values, ranks)
+
     def to_host(self, health: NDArray[np.float32]) -> tuple[TokenLogprobs | None, ...]:
         """One entry for each row of the step; health [S] is finite where the row has a token."""
         entries: list[TokenLogprobs | None] = [None] * len(health)
@@ -484,7 +500,7 @@ class _PenaltyState:
         slot = self._free_slots.pop()
         num_tokens = len(prompt_token_ids)
         self._reserve(num_tokens)
-        self._tokens_ML[slot, :num_tokens] = _upload(prompt_token_ids, self._device)
+        self._tokens_ML[slot, :num_tokens] = upload(prompt_token_ids, self._device)
         self._counts_ML[slot].zero_()
         self._num_seen_M[slot] = num_tokens
         self._most_seen[slot] = num_tokens
@@ -502,8 +518,8 @@ class _PenaltyState:
         bound = int(self._most_seen[rows["penalty_slot"]].max())
         if bound == 0:
             return
-        row_R1 = _upload(chosen, self._device)[:, None]
-        slot_R = _upload(rows["penalty_slot"], self._device)
+        row_R1 = upload(chosen, self._device)[:, None]
+        slot_R = upload(rows["penalty_slot"], self._device)
         num_seen_R1 = self._num_seen_M[slot_R, None]
         # Entries past a row's end repeat its first one, so that writing them again changes nothing.
         entry_L = torch.arange(bound, device=self._device)
@@ -511,10 +527,10 @@ class _PenaltyState:
         token_RL = self._tokens_ML[slot_R[:, None], entry_RL].to(torch.int64)
         count_RL = self._counts_ML[slot_R[:, None], entry_RL]
         logit_RL = logits_RV[row_R1, token_RL]
-        repetition_R1 = _upload(rows["repetition"], self._device)[:, None]
+        repetition_R1 = upload(rows["repetition"], self._device)[:, None]
         repeated_RL = torch.where(logit_RL > 0, logit_RL / repetition_R1, logit_RL * repetition_R1)
-        repeated_RL -= _upload(rows["frequency"], self._device)[:, None] * count_RL
-        repeated_RL -= _upload(rows["presence"], self._device)[:, None] * (count_RL > 0)
+        repeated_RL -= upload(rows["frequency"], self._device)[:, None] * count_RL
+        repeated_RL -= upload(rows["presence"], self._device)[:, None] * (count_RL > 0)
         # An absurd penalty must not look like a broken model: no logit becomes +inf here.
         penalised_RL = repeated_RL.clamp_(max=float(_FLOAT32.max))
         logits_RV[row_R1, token_RL] = torch.where(num_seen_R1 > 0, penalised_RL, logit_RL)
@@ -527,8 +543,8 @@ class _PenaltyState:
         slots = slots[chosen]
         bound = int(self._most_seen[slots].max()) + 1
         self._reserve(bound)
-        slot_R = _upload(slots, self._device)
-        token_R = token_S[_upload(chosen, self._device)].to(torch.int32)
+        slot_R = upload(slots, self._device)
+        token_R = token_S[upload(chosen, self._device)].to(torch.int32)
         num_seen_R = self._num_seen_M[slot_R]
         entry_L = torch.arange(bound, device=self._device)
         same_RL = (self._tokens_ML[slot_R, :bound] == token_R[:, None]) & (entry_L < num_seen_R[:, None])

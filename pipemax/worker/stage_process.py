@@ -18,10 +18,11 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NoReturn
 
 from pipemax.attention.reference import ReferenceAttention
 from pipemax.config import ConfigError, LoadFormat
@@ -29,7 +30,7 @@ from pipemax.plan import StepPlan
 from pipemax.worker.device import open_device, set_threads
 from pipemax.worker.kv_store import KVStore
 from pipemax.worker.stage_model import StageModel, StageSlice
-from pipemax.worker.stage_worker import StageWorker
+from pipemax.worker.stage_worker import RunningStep, StageWorker
 from pipemax.worker.transport import LinkError, StageLinks
 
 
@@ -100,16 +101,21 @@ def run_stage_process(settings: StageSettings, control: Connection, reports: Con
     try:
         _serve(settings, inbox, reports)
     except BaseException as error:
-        failure = StageFailure(
-            message=str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}",
-            traceback=traceback.format_exc(),
-            config_error=isinstance(error, ConfigError),
-            is_echo=isinstance(error, LinkError),
-        )
-        with contextlib.suppress(OSError):
-            reports.send(failure)
-        # Without the interpreter's own end: other threads may be inside gloo or a copy.
-        os._exit(1)
+        _fail(error, reports)
+
+
+def _fail(error: BaseException, reports: Connection) -> NoReturn:
+    """Says why and ends the process; from any thread."""
+    failure = StageFailure(
+        message=str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}",
+        traceback="".join(traceback.format_exception(error)),
+        config_error=isinstance(error, ConfigError),
+        is_echo=isinstance(error, LinkError),
+    )
+    with contextlib.suppress(OSError):
+        reports.send(failure)
+    # Without the interpreter's own end: other threads may be inside gloo or a copy.
+    os._exit(1)
 
 
 def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Connection) -> None:
@@ -149,10 +155,28 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Co
         links=links,
     )
     reports.send(StageReady())
-    _run_plans(worker, inbox, reports)
+    if device.torch_device.type == "cpu":
+        _run_plans(worker, inbox, lambda step: reports.send(step.report()))
+    else:
+        _run_plans(worker, inbox, _start_reporter(reports))
 
 
-def _run_plans(worker: StageWorker, inbox: queue.SimpleQueue[bytes], reports: Connection) -> None:
+def _start_reporter(reports: Connection) -> Callable[[RunningStep], None]:
+    """A thread that waits for the device, so that the thread which issues steps never does."""
+    running: queue.SimpleQueue[RunningStep] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            while True:
+                reports.send(running.get().report())
+        except BaseException as error:
+            _fail(error, reports)
+
+    threading.Thread(target=work, name="reporter", daemon=True).start()
+    return running.put
+
+
+def _run_plans(worker: StageWorker, inbox: queue.SimpleQueue[bytes], report_on: Callable[[RunningStep], None]) -> None:
     """Plans in order, each one's input awaited as soon as the plan is known. Ends only by an exception."""
     coming: deque[StepPlan] = deque()
     num_posted = 0
@@ -165,7 +189,7 @@ def _run_plans(worker: StageWorker, inbox: queue.SimpleQueue[bytes], reports: Co
         while num_posted < len(coming) and worker.post_input(coming[num_posted]):
             num_posted += 1
         num_posted -= 1
-        reports.send(worker.run_step(coming.popleft()))
+        report_on(worker.run_step(coming.popleft()))
 
 
 def _as_plan(message: bytes) -> StepPlan:

@@ -3,30 +3,39 @@
 Forget and add requests; wait for the input (tokens on the first stage, activations on others); run the layers with
 copies beside them (`transfer.py`); hand the activations on, or sample. Here lives the order of these things.
 
+On a GPU all of this is issued and not waited for, so that the next step is issued while this one runs; what became of
+it is read later, on another thread:
+
+    this thread   | issue k | issue k+1 | issue k+2 ...
+    GPU             | run k          | run k+1          | ...
+    reporter                         | report k         | report k+1
+
 Never here: what to run (plans), the process around it (`stage_process.py`), how layers, attention, copies, links and
 sampling work.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipemax.attention.base import AttentionBackend, RowLayout
-from pipemax.plan import Int32Array, Int64Array, StageTiming, StepPlan, TokenLogprobs
+from pipemax.plan import Int32Array, Int64Array, NewRequest, StageTiming, StepPlan, TokenLogprobs
 from pipemax.worker.attention_hook import StepContext
-from pipemax.worker.device import Device
+from pipemax.worker.device import Device, Mark
+from pipemax.worker.device_tokens import DeviceTokens
 from pipemax.worker.request_tokens import RequestTokens
-from pipemax.worker.sampler import Sampler
+from pipemax.worker.sampler import SampledTokens, Sampler
 from pipemax.worker.stage_model import StageModel, StageSlice
-from pipemax.worker.transfer import KVPools, TransferEngine
+from pipemax.worker.transfer import KVPools, StepTransfers, TransferEngine
 from pipemax.worker.transport import StageLinks, Transfer
+from pipemax.worker.upload import upload
 
 # More than any sensible number of plans in flight: the oldest have long arrived, waiting for them costs nothing.
 _MAX_AWAITED_TOKEN_MESSAGES = 64
@@ -42,6 +51,55 @@ class StageReport:
     token_ids: Int32Array | None = None
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
     row_errors: Mapping[int, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunningStep:
+    """A step that is issued and handed over. Compute passes `came`, then its waits for input, `start`, the layers,
+    `end`, what handing over waits for, `finished`."""
+
+    step_id: int
+    is_last_stage: bool
+    came: Mark
+    start: Mark
+    end: Mark
+    finished: Mark
+    moved: StepTransfers
+    sampled: SampledTokens | None
+
+    def report(self) -> StageReport:
+        """What became of it; blocks until the device is through with it."""
+        finished_seconds = self.finished.seconds()
+        start_seconds, end_seconds = self.start.seconds(), self.end.seconds()
+        window_wait_seconds = self.moved.window_wait_seconds
+        timing = StageTiming(
+            start_seconds=start_seconds,
+            compute_seconds=end_seconds - start_seconds - window_wait_seconds,
+            window_wait_seconds=window_wait_seconds,
+            activation_wait_seconds=start_seconds - self.came.seconds() + finished_seconds - end_seconds,
+            refill_bytes=self.moved.refill_bytes,
+            home_bytes=self.moved.home_bytes,
+        )
+        if not self.is_last_stage:
+            return StageReport(self.step_id, timing, finished_seconds)
+        if self.sampled is None:
+            return StageReport(self.step_id, timing, finished_seconds, np.empty(0, dtype=np.int32), None, {})
+        sampled = self.sampled
+        return StageReport(
+            self.step_id, timing, finished_seconds, sampled.host_token_ids, sampled.logprobs, sampled.row_errors
+        )
+
+
+class _TokenStore(Protocol):
+    """Tokens of live requests: `request_tokens.py`, `device_tokens.py`."""
+
+    def add(self, request: NewRequest) -> None: ...
+
+    def forget(self, request_ids: Iterable[int]) -> None: ...
+
+    def append(self, request_ids: Int64Array, token_ids_S: Tensor) -> None: ...
+
+    def input_ids(self, plan: StepPlan) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -79,7 +137,7 @@ class StageWorker:
         self._transfers = TransferEngine(device=device, pools=pools, layers=stage.layers)
         self._context = StepContext(backend, pools, self._transfers)
         self._sampler = Sampler(vocab_size=model.spec.vocab_size, device=device.torch_device) if stage.is_last else None
-        self._tokens = RequestTokens() if stage.is_first else None
+        self._tokens = _token_store(device.torch_device) if stage.is_first else None
         self._awaited: deque[_AwaitedTokens] = deque()
         links.set_hidden(model.hidden_size, model.dtype)
 
@@ -88,54 +146,47 @@ class StageWorker:
         return self._stage.is_first or plan.num_rows == 0 or self._links.post_hidden(plan.num_tokens)
 
     @torch.inference_mode()
-    def run_step(self, plan: StepPlan) -> StageReport:
-        """Runs one step; `post_input` has been called for it. Returns when its output is handed over (copies go on).
+    def run_step(self, plan: StepPlan) -> RunningStep:
+        """Runs one step; `post_input` has been called for it. Returns when it is issued and its output handed over.
 
         Raises LinkError when another stage is gone, CopyError when a block copy failed.
         """
         self._track_requests(plan)
-        came_seconds = time.monotonic()
-        input_ids_T = self._input_ids(plan) if self._stage.is_first else None
-        hidden_TH = self._links.receive_hidden() if not self._stage.is_first and plan.num_rows else None
-        start_seconds = time.monotonic()
+        came = self._device.mark()
+        device = self._device.torch_device
+        input_ids_T = hidden_TH = None
+        if self._stage.is_first:
+            input_ids_T = self._input_ids(plan)
+        elif plan.num_rows:
+            hidden_TH = self._links.receive_hidden().to(device, non_blocking=True)
+        start = self._device.mark()
 
-        sampled: _Sampled | None = None
-        compute = self._device.stopwatch()
-        compute.start()
+        sampled: SampledTokens | None = None
         self._transfers.begin_step(plan)
         if plan.num_rows:
-            device = self._device.torch_device
             rows = _row_layout(plan, self._block_size)
             self._backend.plan(rows)
             hidden_TH = self._model.forward(
                 input_ids_T=None if input_ids_T is None else input_ids_T.to(device),
-                hidden_TH=None if hidden_TH is None else hidden_TH.to(device),
-                positions_T=_positions(plan, rows.qo_indptr).to(device),
+                hidden_TH=hidden_TH,
+                positions_T=upload(_positions(plan, rows.qo_indptr), device),
                 step_context=self._context,
             )
             if self._stage.is_last:
                 sampled = self._sample(plan, rows.qo_indptr, hidden_TH)
-        elif self._stage.is_last:
-            sampled = _Sampled(np.empty(0, dtype=np.int32), None, {})
         moved = self._transfers.finish_step()
-        compute.stop()
-        compute_seconds = compute.seconds() - moved.window_wait_seconds
+        end = self._device.mark()
 
-        send_seconds = time.monotonic()
         self._hand_over(plan, hidden_TH, sampled)
-        finished_seconds = time.monotonic()
-        timing = StageTiming(
-            start_seconds=start_seconds,
-            compute_seconds=compute_seconds,
-            window_wait_seconds=moved.window_wait_seconds,
-            activation_wait_seconds=start_seconds - came_seconds + finished_seconds - send_seconds,
-            refill_bytes=moved.refill_bytes,
-            home_bytes=moved.home_bytes,
-        )
-        if sampled is None:
-            return StageReport(plan.step_id, timing, finished_seconds)
-        return StageReport(
-            plan.step_id, timing, finished_seconds, sampled.token_ids, sampled.logprobs, sampled.row_errors
+        return RunningStep(
+            step_id=plan.step_id,
+            is_last_stage=self._stage.is_last,
+            came=came,
+            start=start,
+            end=end,
+            finished=self._device.mark(),
+            moved=moved,
+            sampled=sampled,
         )
 
     def _track_requests(self, plan: StepPlan) -> None:
@@ -154,40 +205,37 @@ class StageWorker:
             self._tokens.append(awaited.request_ids, awaited.transfer.wait())
         return self._tokens.input_ids(plan) if plan.num_rows else None
 
-    def _sample(self, plan: StepPlan, qo_indptr: Int32Array, hidden_TH: Tensor) -> _Sampled:
+    def _sample(self, plan: StepPlan, qo_indptr: Int32Array, hidden_TH: Tensor) -> SampledTokens | None:
         assert self._sampler is not None
         last_tokens_S = (qo_indptr[1:] - 1)[plan.samples].astype(np.int64)
         if not len(last_tokens_S):
-            return _Sampled(np.empty(0, dtype=np.int32), None, {})
-        logits_SV = self._model.logits(hidden_TH[torch.from_numpy(last_tokens_S).to(hidden_TH.device)])
-        sampled = self._sampler.sample(plan.request_ids[plan.samples], logits_SV)
-        return _Sampled(sampled.token_ids.cpu().numpy(), sampled.logprobs, sampled.row_errors)
+            return None
+        hidden_SH = hidden_TH[upload(last_tokens_S, hidden_TH.device)]
+        sampled = self._sampler.sample(plan.request_ids[plan.samples], self._model.logits(hidden_SH))
+        sampled.start_read_back()
+        return sampled
 
-    def _hand_over(self, plan: StepPlan, hidden_TH: Tensor | None, sampled: _Sampled | None) -> None:
+    def _hand_over(self, plan: StepPlan, hidden_TH: Tensor | None, sampled: SampledTokens | None) -> None:
         """Activations to the next stage or tokens to the first, in step order."""
         if not plan.num_rows:
             return
         sampled_ids = plan.request_ids[plan.samples]
-        if sampled is None:
+        if not self._stage.is_last:
             assert hidden_TH is not None
-            self._links.send_hidden(hidden_TH.cpu())
+            self._links.send_hidden(hidden_TH)
             if self._tokens is not None and len(sampled_ids):
                 # Posted now, not when needed: the last stage must never wait for a plan that is still to come.
                 transfer = self._links.post_tokens(len(sampled_ids))
                 self._awaited.append(_AwaitedTokens(plan.step_id, sampled_ids, transfer))
-        elif len(sampled_ids):
-            token_ids_S = torch.from_numpy(sampled.token_ids)
+        elif sampled is not None:
             if self._tokens is not None:
-                self._tokens.append(sampled_ids, token_ids_S)
+                self._tokens.append(sampled_ids, sampled.token_ids)
             else:
-                self._links.send_tokens(token_ids_S)
+                self._links.send_tokens(sampled.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sampled:
-    token_ids: Int32Array
-    logprobs: tuple[TokenLogprobs | None, ...] | None
-    row_errors: Mapping[int, str]
+def _token_store(device: torch.device) -> _TokenStore:
+    return DeviceTokens(device) if device.type == "cuda" else RequestTokens()
 
 
 def _row_layout(plan: StepPlan, block_size: int) -> RowLayout:
@@ -202,7 +250,7 @@ def _row_layout(plan: StepPlan, block_size: int) -> RowLayout:
     )
 
 
-def _positions(plan: StepPlan, qo_indptr: Int32Array) -> Tensor:
-    """Position of each new token in its request, int64 [T]."""
+def _positions(plan: StepPlan, qo_indptr: Int32Array) -> Int64Array:
+    """Position of each new token in its request, [T]."""
     shift = np.repeat(plan.num_computed_tokens - qo_indptr[:-1], plan.num_new_tokens)
-    return torch.from_numpy(np.arange(qo_indptr[-1], dtype=np.int64) + shift)
+    return np.arange(qo_indptr[-1], dtype=np.int64) + shift
