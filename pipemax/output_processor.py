@@ -133,7 +133,7 @@ class _StopSearch:
         text = self._tail + piece
         self._pieces.append(piece)
         self._num_chars += len(piece)
-        self._tail = text[-(self._longest - 1) :] if self._longest > 1 else ""
+        self._tail = text[-self._longest :]
         if self._num_tokens > self._min_tokens:
             self._search(text, known_chars)
         return self.matched

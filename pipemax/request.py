@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -60,15 +60,23 @@ def _number(name: str, value: object, minimum: float, maximum: float = math.inf)
         raise RequestError(f"{name} must be {bound}, got {value!r}", param=name)
 
 
+def _items(name: str, value: object) -> tuple[object, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} must be a list, got {value!r}", param=name)
+    return tuple(value)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens of one request are chosen and when it ends. Same names and meanings as vLLM's class.
 
     temperature 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch the filter off. `seed` fixes the random
-    draws of this request whatever else is in the batch; without it the seed comes from the engine's seed and the
-    request's position. `max_tokens` None means: up to the model's length. `stop` strings are cut off from the text
-    unless `include_stop_str_in_output`. `logprobs` N gives the N likeliest tokens and the sampled one, from the raw
-    logits, at each position.
+    draws of this request whatever else is in the batch; without it (None or -1) the seed comes from the engine's seed
+    and the request's position. `max_tokens` None means: up to the model's length. `stop` strings are cut off from the
+    text unless `include_stop_str_in_output`. `logprobs` N gives the N likeliest tokens and the sampled one, from the
+    raw logits, at each position.
 
     Raises RequestError when a value is outside its range.
     """
@@ -99,6 +107,8 @@ class SamplingParams:
         _number("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**64 - 1)
+            if self.seed == -1:
+                object.__setattr__(self, "seed", None)
         _number("repetition_penalty", self.repetition_penalty, 0.0)
         if self.repetition_penalty == 0.0:
             raise RequestError("repetition_penalty must be above 0, got 0", param="repetition_penalty")
@@ -113,14 +123,17 @@ class SamplingParams:
             )
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, 1024)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
         if any(not isinstance(s, str) or not s for s in stop):
             raise RequestError(f"stop must hold strings that are not empty, got {self.stop!r}", param="stop")
         object.__setattr__(self, "stop", stop)
-        token_ids = tuple(self.stop_token_ids or ())
+        token_ids = _items("stop_token_ids", self.stop_token_ids)
         for token_id in token_ids:
             _integer("stop_token_ids", token_id, 0)
-        object.__setattr__(self, "stop_token_ids", token_ids)
+        object.__setattr__(self, "stop_token_ids", tuple(dict.fromkeys(token_ids)))
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}", param=name)
 
     @property
     def greedy(self) -> bool:

@@ -263,3 +263,5 @@ def test_stream_survives_stray_bytes(metaspace: Tokenizer) -> None:
     assert stream.step(a) == "A"
     assert stream.step(stray) == ""
     assert "fox" in "".join(stream.step(i) for i in [*fox, *fox])
+    # Decoded as a whole, the answer's bytes change the prompt's last character: the answer stands for itself.
+    assert metaspace.decode_after([a], [stray, *fox], True) == metaspace.decode([stray, *fox]) == "\ufffd fox"
