@@ -2,6 +2,8 @@
 
 while (plan := scheduler.schedule()): executor.submit(plan)
 for result in executor.wait():        scheduler.update(result)
+
+Observers are told of every plan and result (`observer.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipemax.executor.base import Executor
-from pipemax.plan import StepResult, TokenLogprobs
+from pipemax.observer import EngineGauges, EngineObserver
+from pipemax.plan import StepPlan, StepResult, TokenLogprobs
 from pipemax.scheduling.request_state import RequestState, RequestUpdate
 from pipemax.scheduling.scheduler import Scheduler
 
@@ -28,6 +31,11 @@ class Engine:
     def __init__(self, *, scheduler: Scheduler, executor: Executor) -> None:
         self.scheduler = scheduler
         self.executor = executor
+        self._observers: list[EngineObserver] = []
+
+    def observe(self, observer: EngineObserver) -> None:
+        """From now on `observer` is told of plans and results."""
+        self._observers.append(observer)
 
     def add_request(self, request: RequestState) -> None:
         self.scheduler.add_request(request)
@@ -43,6 +51,8 @@ class Engine:
         scheduler = self.scheduler
         while (plan := scheduler.schedule()) is not None:
             self.executor.submit(plan)
+            if self._observers:
+                self._tell(plan)
         if not scheduler.num_plans_in_flight:
             assert not scheduler.population.requests, "requests are left and nothing can be planned"
             return []
@@ -52,4 +62,21 @@ class Engine:
         logprobs = {}
         if result.logprobs is not None:
             logprobs = dict(zip(result.request_ids.tolist(), result.logprobs, strict=True))
-        return [EngineUpdate(u, logprobs.get(u.request_id)) for u in self.scheduler.update(result)]
+        updates = self.scheduler.update(result)
+        for observer in self._observers:
+            observer.on_result(result, updates)
+        return [EngineUpdate(u, logprobs.get(u.request_id)) for u in updates]
+
+    def _tell(self, plan: StepPlan) -> None:
+        population, kv = self.scheduler.population, self.scheduler.kv
+        gauges = EngineGauges(
+            num_waiting=len(population.waiting),
+            num_ready=len(population.ready),
+            num_running=population.num_running,
+            resident_blocks=kv.device.num_held - kv.window.num_blocks,
+            window_blocks=kv.window.num_blocks,
+            home_blocks=kv.host.num_held,
+        )
+        now_seconds = self.executor.now()
+        for observer in self._observers:
+            observer.on_submit(plan, now_seconds=now_seconds, gauges=gauges)
