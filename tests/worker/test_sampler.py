@@ -512,6 +512,25 @@ def test_logprobs_of_equal_logits() -> None:
     assert second.token_ids == (1, 1, 3, 0, 2, 4, 5) and second.ranks == (1, 1, 1, 3, 4, 4, 6)
 
 
+def test_results_read_back_early_are_the_same(device: torch.device) -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(device)
+    logits[1, 7] = math.nan
+    results = []
+    for early in (False, True):
+        sampler = Sampler(vocab_size=50, device=device)
+        for i in range(3):
+            sampler.add(new_request(i, SamplingParams(logprobs=2)))
+        sampled = sampler.sample(np.arange(3), logits)
+        tokens = sampled.token_ids.tolist()
+        if early:
+            sampled.start_read_back()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            assert sampled.host_token_ids.tolist() == tokens and sampled.host_token_ids.dtype == np.int32
+        results.append((tokens, sampled.row_errors, sampled.logprobs))
+    assert results[0] == results[1] and results[0][0][1] == -1
+
+
 def test_no_logprobs_asked_for() -> None:
     sampler = Sampler(vocab_size=3, device=CPU)
     sampler.add(new_request(0, SamplingParams()))
