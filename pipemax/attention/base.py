@@ -60,6 +60,9 @@ class AttentionBackend(Protocol):
         """Writes new keys and values into their pages. kv_pool: [S, 2, B, Hkv, D] of this layer."""
         ...
 
-    def run(self, query_THD: Tensor, kv_pool: Tensor, layer: LayerAttention) -> Tensor:
-        """Attention of all rows. query [T, Hq, D] gives [T, Hq, D]; keys and values come from the pages."""
+    def run(self, query_THD: Tensor, kv_pool: Tensor, layer: LayerAttention, out_THD: Tensor | None = None) -> Tensor:
+        """Attention of all rows. query [T, Hq, D] gives [T, Hq, D]; keys and values come from the pages.
+
+        The result is written to `out_THD`, contiguous, where that is given.
+        """
         ...

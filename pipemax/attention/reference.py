@@ -84,12 +84,14 @@ class ReferenceAttention:
         halves.index_copy_(0, self._key_slots, key_THD)
         halves.index_copy_(0, self._key_slots + self._rows.block_size, value_THD)
 
-    def run(self, query_THD: Tensor, kv_pool: Tensor, layer: LayerAttention) -> Tensor:
+    def run(self, query_THD: Tensor, kv_pool: Tensor, layer: LayerAttention, out_THD: Tensor | None = None) -> Tensor:
         assert self._rows is not None
         pieces = self._pieces.get(layer.sliding_window)
         if pieces is None:
             pieces = self._pieces[layer.sliding_window] = list(self._cut(self._rows, layer.sliding_window))
-        output_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype, device=query_THD.device)
+        output_THD = out_THD
+        if output_THD is None:
+            output_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype, device=query_THD.device)
         num_heads, head_dim = query_THD.shape[1:]
         num_slots, _, block_size, num_kv_heads, _ = kv_pool.shape
         halves = kv_pool.view(num_slots * 2, block_size * num_kv_heads * head_dim)

@@ -4,6 +4,8 @@ All rows of a step are one sequence of T tokens, each with its own position; whe
 attention only, which the hook reaches through `step_context`. Everything between the attention calls is Transformers'
 own code, whatever the family; so is the head, so that scalings and soft caps of logits are the family's.
 
+Llama-shaped families may run a forward of our own instead (`use_own_layers`), on CUDA from graphs (`capture_pieces`).
+
 Never here: KV memory (`kv_store.py`), sampling (`sampler.py`), sending activations (`transport.py`).
 
 Shape letters: T new tokens of all rows, H hidden size, S rows that sample, V vocabulary.
@@ -22,6 +24,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from pipemax.config import LoadFormat
 from pipemax.model_spec import ModelSpec
 from pipemax.worker.attention_hook import StepContext
+from pipemax.worker.layer_ops import LayerOps
+from pipemax.worker.llama_layers import LlamaLayers
 from pipemax.worker.loader import Checkpoint, fill_buffers, fill_dummy, is_head_tied, load_weights
 from pipemax.worker.model_slice import (
     ModelNotSupported,
@@ -34,6 +38,7 @@ from pipemax.worker.model_slice import (
     split_layers,
     tie_head,
 )
+from pipemax.worker.piece_graphs import PieceGraphs
 
 __all__ = ["ModelNotSupported", "StageModel", "StageSlice", "split_layers"]
 
@@ -57,6 +62,8 @@ class StageModel:
         # The family's own forward runs the head; its base is replaced by what this stage has computed already.
         setattr(model, model.base_model_prefix, _GivenHidden())
         self._head = model
+        self._own_layers: LlamaLayers | None = None
+        self._graphs: PieceGraphs | None = None
 
     @classmethod
     def load(
@@ -109,6 +116,21 @@ class StageModel:
         return sum(p.numel() * p.element_size() for p in parameters.values())
 
     @torch.inference_mode()
+    def use_own_layers(self, ops: LayerOps, *, max_model_len: int) -> bool:
+        """From now on layers run in our own forward, if the family has one (`llama_layers.py`); whether it has."""
+        self._own_layers = LlamaLayers.of(self._base, stage=self.stage, ops=ops, max_model_len=max_model_len)
+        return self._own_layers is not None
+
+    def capture_pieces(self, *, max_tokens: int) -> int:
+        """From now on steps of up to `max_tokens` tokens run from CUDA graphs; gives how many there are.
+
+        Only after `use_own_layers`, on CUDA.
+        """
+        assert self._own_layers is not None
+        self._graphs = PieceGraphs(self._own_layers, max_tokens=max_tokens)
+        return self._graphs.num_graphs
+
+    @torch.inference_mode()
     def forward(
         self,
         *,
@@ -119,10 +141,19 @@ class StageModel:
     ) -> Tensor:
         """Runs the stage's layers; gives hidden states [T, H], after the final norm on the last stage.
 
+        They may be overwritten by the next call.
+
         The first stage takes token ids (int64 [T]), the others the hidden states of the stage before. positions int64
         [T]: each token's place in its own sequence.
         """
         assert (input_ids_T is not None) == self.stage.is_first and (hidden_TH is None) == self.stage.is_first
+        own = self._own_layers
+        if own is not None:
+            input_ = input_ids_T if input_ids_T is not None else hidden_TH
+            assert input_ is not None
+            if self._graphs is not None and len(positions_T) <= self._graphs.max_tokens:
+                return self._graphs.forward(input_, positions_T, step_context)
+            return own.forward(input_, positions_T, step_context)
         output = self._base(
             input_ids=None if input_ids_T is None else input_ids_T[None],
             inputs_embeds=None if hidden_TH is None else hidden_TH[None],
