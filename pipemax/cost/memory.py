@@ -52,6 +52,14 @@ def stage_memory(
     return StageMemory(memory_bytes, parameters * dtype_bytes, reserve_bytes)
 
 
+def stage_blocks(
+    *, model: ModelSpec, stage: StageShape, memory_bytes: int, block_bytes: int, dtype_bytes: int = 2
+) -> int:
+    """KV blocks that a stage holds beside its weights, of what both may take; 0 or less when nothing is left."""
+    memory = stage_memory(model=model, stage=stage, memory_bytes=memory_bytes, dtype_bytes=dtype_bytes, reserve_bytes=0)
+    return memory.kv_bytes // block_bytes
+
+
 def tensor_parallel_blocks(
     *, model: ModelSpec, server: ServerProfile, block_size: int, dtype_bytes: int = 2, kv_dtype_bytes: int = 2
 ) -> int:

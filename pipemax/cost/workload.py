@@ -1,4 +1,4 @@
-"""`RequestLengths` and the reader of length traces: what an estimate has to know of a workload.
+"""`RequestLengths`, the reader of length traces, `MeanLengths`: what an estimate has to know of a workload.
 
 A trace is CSV with the header `prompt_tokens,output_tokens` and two integers a row.
 """
@@ -6,6 +6,7 @@ A trace is CSV with the header `prompt_tokens,output_tokens` and two integers a 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,26 @@ class RequestLengths:
 
     prompt_tokens: int
     output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeanLengths:
+    """Means over requests; `live_tokens`, the KV of a decoding row, is the mean over the tokens that are generated."""
+
+    prompt_tokens: float
+    output_tokens: float
+    live_tokens: float
+
+    @classmethod
+    def of(cls, workload: Sequence[RequestLengths]) -> MeanLengths:
+        """Of at least one request."""
+        prompts = sum(request.prompt_tokens for request in workload)
+        outputs = sum(request.output_tokens for request in workload)
+        # A request of p and o tokens is o steps long, with p + 1 to p + o tokens.
+        live = sum(
+            request.output_tokens * (request.prompt_tokens + (request.output_tokens + 1) / 2) for request in workload
+        )
+        return cls(prompts / len(workload), outputs / len(workload), live / outputs)
 
 
 def read_lengths(path: str | Path) -> tuple[RequestLengths, ...]:
