@@ -157,6 +157,11 @@ class CpuEvent:
         self._error = error
         self._done.set()
 
+    @property
+    def has_passed(self) -> bool:
+        """Done, and well."""
+        return self._done.is_set() and self._error is None
+
     def wait(self) -> None:
         self._done.wait()
         if self._error is not None:
@@ -164,42 +169,49 @@ class CpuEvent:
 
 
 class CpuCopyStream:
-    """A thread and its queue. After a failure the rest of the queue is skipped and every later event fails too."""
+    """A thread and its queue. After a failure the rest of the queue is skipped and every later event fails too.
+
+    Work is handed to the thread when an event is recorded behind it: waking a thread costs more than queueing a copy.
+    """
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | CpuEvent | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[list[Callable[[], None]], CpuEvent] | None] = queue.SimpleQueue()
+        self._unrecorded: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def wait(self, event: Event) -> None:
-        self._jobs.put(event.wait)
+        if not (isinstance(event, CpuEvent) and event.has_passed):
+            self._unrecorded.append(event.wait)
 
     def copy_blocks(self, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
         to, of = _rows(destination), _rows(source)
         assert to.shape[1] == of.shape[1]
-        self._jobs.put(lambda: _copy_rows(to, of, runs))
+        self._unrecorded.append(lambda: _copy_rows(to, of, runs))
 
     def record(self) -> Event:
         event = CpuEvent()
-        self._jobs.put(event)
+        self._jobs.put((self._unrecorded, event))
+        self._unrecorded = []
         return event
 
     def close(self) -> None:
+        self.record()
         self._jobs.put(None)
         self._thread.join()
 
     def _work(self) -> None:
         error: BaseException | None = None
-        while (job := self._jobs.get()) is not None:
-            if isinstance(job, CpuEvent):
-                job.finish(error)
-            elif error is None:
-                try:
+        while (batch := self._jobs.get()) is not None:
+            jobs, event = batch
+            try:
+                for job in jobs if error is None else ():
                     job()
-                except CopyError as failure:  # another stream's: keep its cause
-                    error = failure.__cause__
-                except BaseException as failure:
-                    error = failure
+            except CopyError as failure:  # another stream's: keep its cause
+                error = failure.__cause__
+            except BaseException as failure:
+                error = failure
+            event.finish(error)
 
 
 class CpuStopwatch:

@@ -45,7 +45,7 @@ class SlowStream(CpuCopyStream):
 
     def copy_blocks(self, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
         delay = self._delay_seconds()
-        self._jobs.put(lambda: time.sleep(delay))
+        self._unrecorded.append(lambda: time.sleep(delay))
         super().copy_blocks(destination, source, runs)
 
 
@@ -103,7 +103,7 @@ class QueuedDevice(SlowDevice):
         return QueuedEvent(self._compute.record(), self._compute)
 
     def compute(self, work: Callable[[], None]) -> None:
-        self._compute._jobs.put(work)
+        self._compute._unrecorded.append(work)
 
     def finish(self) -> None:
         """Waits for all compute; raises what failed in it."""
@@ -268,7 +268,7 @@ class FailingStream(CpuCopyStream):
         def fail() -> None:
             raise OSError("no such page")
 
-        self._jobs.put(fail)
+        self._unrecorded.append(fail)
 
 
 @pytest.mark.parametrize("direction", ["home", "refill"])
