@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from pipemax.config import ConfigError, LoadFormat
+from pipemax.cuda_options import CudaOptions
 from pipemax.executor.base import ExecutorError
 from pipemax.executor.sizing import KVWishes, available_cores, free_host_bytes, size_kv
 from pipemax.model_spec import ModelSpec
@@ -236,7 +237,9 @@ class ProcessExecutor:
         num_window_blocks: int | None = None,
         host_memory_gib: float | None = None,
         max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
         threads_per_stage: int | None = None,
+        cuda: CudaOptions | None = None,
     ) -> ProcessExecutor:
         """Starts and loads all stages; parameters are named and meant as in `EngineConfig`. `spec` is the model's.
 
@@ -250,7 +253,8 @@ class ProcessExecutor:
         from pipemax.worker.stage_model import StageSlice, split_layers
         from pipemax.worker.stage_process import KVSize, StageLoaded, StageReady, StageSettings
 
-        device = resolve_device(device, num_stages=num_stages)
+        cuda = cuda or CudaOptions()
+        device = resolve_device(device, num_stages=num_stages, stage_devices=cuda.stage_devices)
         layers_of = split_layers(spec.num_layers, num_stages)
         check_checkpoint(model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=max_model_len)
         with tempfile.TemporaryDirectory(prefix="pipemax-") as private_dir:  # mode 0700; gone when all are connected
@@ -269,6 +273,9 @@ class ProcessExecutor:
                         block_size=block_size,
                         num_threads=threads_per_stage or max(1, available_cores() // num_stages),
                         environment=dict(os.environ),
+                        max_num_seqs=max_num_seqs,
+                        max_num_batched_tokens=max_num_batched_tokens,
+                        cuda=cuda,
                     )
                     for index, layers in enumerate(layers_of)
                 ]

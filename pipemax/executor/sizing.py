@@ -15,8 +15,7 @@ from pipemax.config import ConfigError
 from pipemax.plan import Capacity
 
 GIB = 1024**3
-# Weights are loaded when this is asked: what is free is for KV and for activations, and for everything else on a host.
-_GPU_SHARE = 0.85
+# Of host memory that is free once weights are loaded; the rest is for activations and for everything else on the host.
 _HOST_SHARE = 0.25
 # A CPU's "device" pool is host memory too: no more than its batches fill with requests of this many tokens.
 _TOKENS_A_ROW = 512
@@ -42,7 +41,9 @@ def size_kv(
     free_device_bytes: Sequence[int] | None,
     free_host_bytes: int,
 ) -> Capacity:
-    """Blocks for stages with these sizes of a block; `free_device_bytes` a stage, None where devices are host memory.
+    """Blocks for stages with these sizes of a block.
+
+    `free_device_bytes` is what each stage's device has left for KV; None where devices are host memory.
 
     Raises ConfigError when one request of `max_model_len` does not fit, or when more is asked for than is free.
     """
@@ -50,7 +51,7 @@ def size_kv(
     device_blocks = wishes.num_device_blocks
     if device_blocks is None and free_device_bytes is not None:
         pairs = zip(free_device_bytes, stage_block_bytes, strict=True)
-        device_blocks = min(int(free * _GPU_SHARE) // stage_bytes for free, stage_bytes in pairs)
+        device_blocks = min(free // stage_bytes for free, stage_bytes in pairs)
     elif device_blocks is None:
         wanted = wishes.num_batches * wishes.max_num_seqs * -(-_TOKENS_A_ROW // wishes.block_size)
         device_blocks = min(wanted, int(free_host_bytes * _HOST_SHARE) // block_bytes)

@@ -126,9 +126,6 @@ class CudaDevice:
     def mark(self) -> Mark:
         return CudaMark(self._clock)
 
-    def free_bytes(self) -> int | None:
-        return torch.cuda.mem_get_info(self._torch_device)[0]
-
     def allocate_home(self, num_bytes: int) -> Tensor:
         self._homes.append(HostMemory(num_bytes))
         return self._homes[-1].tensor

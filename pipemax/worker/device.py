@@ -137,10 +137,6 @@ class Device(Protocol):
         """The point after everything issued so far."""
         ...
 
-    def free_bytes(self) -> int | None:
-        """Free memory of the device; None where it is host memory, which all stages share."""
-        ...
-
     def allocate_home(self, num_bytes: int) -> Tensor:
         """Host memory that copies of this device are fast from and to: uint8 [num_bytes], uninitialised."""
         ...
@@ -258,9 +254,6 @@ class CpuDevice:
     def mark(self) -> Mark:
         return CpuMark(time.monotonic())
 
-    def free_bytes(self) -> int | None:
-        return None
-
     def allocate_home(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
@@ -275,11 +268,20 @@ def open_device(kind: str, *, index: int) -> Device:
     return CudaDevice(index)
 
 
-def resolve_device(requested: str, *, num_stages: int) -> str:
-    """ "auto", "cpu" or "cuda" to "cpu" or "cuda". Raises ConfigError when there are fewer GPUs than stages."""
+def resolve_device(requested: str, *, num_stages: int, stage_devices: tuple[int, ...] | None = None) -> str:
+    """ "auto", "cpu" or "cuda" to "cpu" or "cuda".
+
+    `stage_devices` are the GPUs that stages are to use, if given. Raises ConfigError when one of them is not there, or
+    there are fewer GPUs than stages.
+    """
     gpus = torch.cuda.device_count() if requested != "cpu" and torch.cuda.is_available() else 0
     if requested == "cpu" or (requested == "auto" and gpus == 0):
         return "cpu"
+    if stage_devices is not None:
+        for index in stage_devices:
+            if not 0 <= index < gpus:
+                raise ConfigError(f"stage_devices names GPU {index} and this machine shows {gpus}, counted from 0")
+        return "cuda"
     if gpus < num_stages:
         raise ConfigError(
             f"pipeline_parallel_size {num_stages} needs {num_stages} GPUs and this machine shows {gpus}: "

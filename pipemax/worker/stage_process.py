@@ -24,14 +24,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
+from pipemax.attention.base import AttentionBackend
 from pipemax.attention.reference import ReferenceAttention
 from pipemax.config import ConfigError, LoadFormat
+from pipemax.cuda_options import CudaOptions
 from pipemax.plan import StepPlan
 from pipemax.worker.device import open_device, set_threads
 from pipemax.worker.kv_store import KVStore
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.stage_worker import RunningStep, StageWorker
-from pipemax.worker.transport import LinkError, StageLinks
+from pipemax.worker.transport import LinkError, LinkMedium, StageLinks
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,10 @@ class KVSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSettings:
-    """What a stage process has to know before it is sent anything. `environment` is the parent's."""
+    """What a stage process has to know before it is sent anything. `environment` is the parent's.
+
+    `max_num_seqs` and `max_num_batched_tokens` bound a step; a GPU's warm-up runs one of that size.
+    """
 
     stage: StageSlice
     model_dir: Path
@@ -84,6 +89,9 @@ class StageSettings:
     block_size: int
     num_threads: int
     environment: Mapping[str, str]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    cuda: CudaOptions
 
 
 def run_stage_process(settings: StageSettings, control: Connection, reports: Connection) -> None:
@@ -120,8 +128,14 @@ def _fail(error: BaseException, reports: Connection) -> NoReturn:
 
 def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Connection) -> None:
     stage = settings.stage
-    links = StageLinks(stage=stage.stage, num_stages=stage.num_stages, rendezvous=settings.rendezvous)
-    device = open_device(settings.device, index=stage.stage)
+    device = open_device(settings.device, index=settings.cuda.device_of_stage(stage.stage))
+    links = StageLinks(
+        stage=stage.stage,
+        num_stages=stage.num_stages,
+        rendezvous=settings.rendezvous,
+        device=device.torch_device,
+        medium=_link_medium(settings),
+    )
     model = StageModel.load(
         model_dir=settings.model_dir,
         stage=stage,
@@ -132,8 +146,9 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Co
         trust_remote_code=settings.trust_remote_code,
         max_model_len=settings.max_model_len,
     )
+    backend, free_device_bytes = _prepare(settings, model)
     geometry = model.spec.kv_geometry(block_size=settings.block_size, dtype_bytes=model.dtype.itemsize)
-    reports.send(StageLoaded(geometry.block_bytes(stage.layers), device.free_bytes()))
+    reports.send(StageLoaded(geometry.block_bytes(stage.layers), free_device_bytes))
     size = pickle.loads(inbox.get())
     assert isinstance(size, KVSize)
     store = KVStore(
@@ -151,7 +166,7 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Co
         device=device,
         pools=store,
         block_size=settings.block_size,
-        backend=ReferenceAttention(device.torch_device),
+        backend=backend,
         links=links,
     )
     reports.send(StageReady())
@@ -159,6 +174,28 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Co
         _run_plans(worker, inbox, lambda step: reports.send(step.report()))
     else:
         _run_plans(worker, inbox, _start_reporter(reports))
+
+
+def _link_medium(settings: StageSettings) -> LinkMedium:
+    """NCCL serves one process a GPU."""
+    return LinkMedium.HOST if settings.device == "cpu" or settings.cuda.shares_devices else LinkMedium.NCCL
+
+
+def _prepare(settings: StageSettings, model: StageModel) -> tuple[AttentionBackend, int | None]:
+    """The stage's attention, and the bytes that its device has left for KV (None: it is host memory)."""
+    if model.device.type == "cpu":
+        return ReferenceAttention(model.device), None
+    from pipemax.worker import gpu_stage
+
+    backend = gpu_stage.open_attention(model, settings.cuda.attention_backend)
+    gpu_stage.prepare(
+        model,
+        settings.cuda,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
+    return backend, gpu_stage.kv_bytes(model.device, gpu_memory_utilization=settings.cuda.gpu_memory_utilization)
 
 
 def _start_reporter(reports: Connection) -> Callable[[RunningStep], None]:

@@ -41,9 +41,9 @@ def test_a_cpu_gets_what_its_batches_fill_or_a_quarter_of_what_is_free() -> None
     assert size(WISHES, free_gib=4.0) == [256, 32, 256]
 
 
-def test_a_gpu_gets_most_of_what_the_fullest_one_has_free() -> None:
-    assert size(WISHES, free_device_bytes=[1000 * MIB, 1000 * MIB]) == [283, 35, 512]
-    assert size(WISHES, free_device_bytes=[100 * MIB, 1000 * MIB]) == [85, 10, 512]
+def test_gpus_get_what_the_fullest_one_has_left_for_kv() -> None:
+    assert size(WISHES, free_device_bytes=[1000 * MIB, 1000 * MIB]) == [333, 41, 512]
+    assert size(WISHES, free_device_bytes=[100 * MIB, 1000 * MIB]) == [100, 12, 512]
 
 
 def test_numbers_that_were_asked_for_are_kept() -> None:

@@ -1,0 +1,124 @@
+"""What a stage on a GPU does between loading and its KV memory: fast paths, a warm-up, and how much memory is left.
+
+    load -> attention backend -> merged layers -> CUDA graphs -> one step of the largest size -> free bytes: KV's
+
+After the warm-up everything but KV has its memory (the allocator keeps what the largest step needed), so what is free
+is KV's, but for a margin. Never here: what the fast paths do (`llama_layers.py`, `piece_graphs.py`, `attention/`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipemax.attention import flashinfer
+from pipemax.attention.base import AttentionBackend, LayerAttention, RowLayout
+from pipemax.attention.reference import ReferenceAttention
+from pipemax.config import ConfigError
+from pipemax.cuda_options import AttentionChoice, CudaOptions
+from pipemax.worker.attention_hook import StepContext
+from pipemax.worker.layer_ops import FlashInferOps, LayerOps, TorchOps
+from pipemax.worker.stage_model import StageModel
+
+# For what the warm-up does not show: random sampling, workspaces of further attention variants, pinned metadata.
+_MARGIN_BYTES = 384 * 1024**2
+
+_logger = logging.getLogger(__name__)
+
+
+def open_attention(model: StageModel, choice: AttentionChoice) -> AttentionBackend:
+    """The backend of a stage on `model.device`. Raises ConfigError when FlashInfer is asked for and cannot serve."""
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    if choice is AttentionChoice.FLASHINFER:
+        if not flashinfer.is_available():
+            raise ConfigError(
+                "attention_backend flashinfer: FlashInfer is not installed; pip install 'pipemax[flashinfer]', "
+                "or set it to auto"
+            )
+        if not half:
+            raise ConfigError(f"attention_backend flashinfer needs dtype bfloat16 or float16, not {model.dtype}")
+    if choice is AttentionChoice.REFERENCE or not half or not flashinfer.is_available():
+        return ReferenceAttention(model.device)
+    spec = model.spec
+    return flashinfer.FlashInferAttention(
+        device=model.device,
+        dtype=model.dtype,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+    )
+
+
+def prepare(
+    model: StageModel, options: CudaOptions, *, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int
+) -> None:
+    """Switches the fast paths on and runs one step of the largest size."""
+    started_seconds = time.monotonic()
+    num_graphs = 0
+    own_layers = options.fused_layers and model.use_own_layers(_layer_ops(model.dtype), max_model_len=max_model_len)
+    if own_layers and options.cuda_graphs:
+        num_graphs = model.capture_pieces(max_tokens=max_num_seqs)
+    captured_seconds = time.monotonic()
+    _run_largest_step(model, num_tokens=max(max_num_seqs, max_num_batched_tokens), num_rows=max_num_seqs)
+    torch.cuda.synchronize(model.device)
+    _logger.info(
+        "stage %d: %d CUDA graphs in %.1f s, warm-up %.1f s",
+        model.stage.stage,
+        num_graphs,
+        captured_seconds - started_seconds,
+        time.monotonic() - captured_seconds,
+    )
+
+
+def kv_bytes(device: torch.device, *, gpu_memory_utilization: float) -> int:
+    """Bytes of the GPU that KV may take, once all else has its memory; 0 when nothing is left."""
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(free - (1 - gpu_memory_utilization) * total) - _MARGIN_BYTES)
+
+
+def _layer_ops(dtype: torch.dtype) -> LayerOps:
+    half = dtype in (torch.bfloat16, torch.float16)
+    return FlashInferOps() if half and flashinfer.is_available() else TorchOps()
+
+
+class _NoAttention:
+    """Touches no KV: there is none yet. Also the fences and the pools of such a step."""
+
+    def plan(self, rows: RowLayout) -> None:
+        pass
+
+    def append(self, key_THD: Tensor, value_THD: Tensor, kv_pool: Tensor) -> None:
+        pass
+
+    def run(self, query_THD: Tensor, kv_pool: Tensor, layer: LayerAttention, out_THD: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(query_THD) if out_THD is None else out_THD.zero_()
+
+    def enter(self, layer: int) -> None:
+        pass
+
+    def leave(self, layer: int) -> None:
+        pass
+
+    def device_pool(self, layer: int) -> Any:
+        return None
+
+
+@torch.inference_mode()
+def _run_largest_step(model: StageModel, *, num_tokens: int, num_rows: int) -> None:
+    nothing = _NoAttention()
+    is_first = model.stage.is_first
+    ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
+    hidden_TH = None if is_first else torch.zeros(num_tokens, model.hidden_size, dtype=model.dtype, device=model.device)
+    output_TH = model.forward(
+        input_ids_T=ids_T if is_first else None,
+        hidden_TH=hidden_TH,
+        positions_T=torch.zeros_like(ids_T),
+        step_context=StepContext(nothing, nothing, nothing),
+    )
+    if model.stage.is_last:
+        logits_SV = model.logits(output_TH[:num_rows])
+        logits_SV.max(dim=1)
