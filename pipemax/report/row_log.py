@@ -1,0 +1,98 @@
+"""`RowLog`: what came of a job's rows, in bounded memory: the slowest ones, the first errors, the spread of lengths.
+
+Times are the caller's clock. Never here: answers, and how a row becomes a line (`io/`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from dataclasses import dataclass, field
+
+_MAX_SLOWEST = 20
+_MAX_ERRORS = 20
+_MAX_MESSAGE_CHARACTERS = 300
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SlowRow:
+    """A row that took long from being handed to the engine to its answer, waiting for a place included."""
+
+    seconds: float
+    custom_id: str
+    prompt_tokens: int
+    output_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """A row that got no answer. `custom_id` None: the line had none."""
+
+    custom_id: str | None
+    code: str
+    message: str
+
+
+@dataclass(slots=True)
+class LengthSpread:
+    """How many rows had how many tokens: `rows[b]` had [2**(b-1), 2**b) tokens, `rows[0]` none."""
+
+    rows: Counter[int] = field(default_factory=Counter)
+    total_tokens: int = 0
+    most_tokens: int = 0
+
+    def add(self, num_tokens: int) -> None:
+        self.rows[num_tokens.bit_length()] += 1
+        self.total_tokens += num_tokens
+        self.most_tokens = max(self.most_tokens, num_tokens)
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.total()
+
+    @property
+    def mean_tokens(self) -> float:
+        return self.total_tokens / max(self.num_rows, 1)
+
+
+class RowLog:
+    """Told of every row of a job; at most the rows in flight and a fixed number of others are remembered."""
+
+    def __init__(self) -> None:
+        self._started: dict[str, float] = {}
+        self._slowest: list[SlowRow] = []
+        self.errors: list[RowFailure] = []
+        self.errors_by_code: Counter[str] = Counter()
+        self.prompt_lengths = LengthSpread()
+        self.output_lengths = LengthSpread()
+
+    def started(self, custom_id: str, *, now_seconds: float) -> None:
+        """The row is handed to the engine."""
+        self._started[custom_id] = now_seconds
+
+    def answered(
+        self, custom_id: str, *, prompt_tokens: int, output_tokens: int, finish_reason: str, now_seconds: float
+    ) -> None:
+        """The row has its answer."""
+        self.prompt_lengths.add(prompt_tokens)
+        self.output_lengths.add(output_tokens)
+        seconds = now_seconds - self._started.pop(custom_id)
+        row = SlowRow(seconds, custom_id, prompt_tokens, output_tokens, finish_reason)
+        if len(self._slowest) < _MAX_SLOWEST:
+            heapq.heappush(self._slowest, row)
+        else:
+            heapq.heappushpop(self._slowest, row)
+
+    def failed(self, custom_id: str | None, *, code: str, message: str) -> None:
+        """The row ends as an error, started or not."""
+        if custom_id is not None:
+            self._started.pop(custom_id, None)
+        self.errors_by_code[code] += 1
+        if len(self.errors) < _MAX_ERRORS:
+            self.errors.append(RowFailure(custom_id, code, message[:_MAX_MESSAGE_CHARACTERS]))
+
+    @property
+    def slowest(self) -> list[SlowRow]:
+        """The slowest answered rows, slowest first."""
+        return sorted(self._slowest, reverse=True)
