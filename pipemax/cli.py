@@ -156,3 +156,31 @@ def run_batch(
         )
         if 0 <= error_threshold < counts.failed_rows:
             raise typer.Exit(ExitCode.ROWS_FAILED)
+
+
+@app.command()
+def doctor(
+    *,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Copy on the GPUs for a few seconds to measure their links.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list of findings, for programs.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks with errors.")] = False,
+) -> None:
+    """Looks at this machine: GPUs, links, memory, limits, libraries; what each means for a job, and what to do.
+
+    The exit code is 1 if something would keep a job from running, else 0.
+    """
+    with _errors_told(verbose=verbose):
+        from pipemax.doctor.display import findings_json, show_findings
+        from pipemax.doctor.examination import examine
+        from pipemax.doctor.finding import Severity
+
+        findings = examine(measure=measure)
+        if as_json:
+            found = list(findings)
+            print(findings_json(found))
+        else:
+            found = show_findings(findings, sys.stdout)
+        if any(finding.severity is Severity.BLOCKS for finding in found):
+            raise typer.Exit(1)
