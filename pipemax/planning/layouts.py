@@ -30,7 +30,7 @@ class PipelineLayout:
         return self.num_replicas * self.num_stages
 
     def __str__(self) -> str:
-        offload = ", offloading" if self.kv_offload is KVOffload.ON else ""
+        offload = ", offload" if self.kv_offload is KVOffload.ON else ""
         return f"{_replicas(self.num_replicas)}PP {self.num_stages}{offload}, {self.phase_policy}"
 
 

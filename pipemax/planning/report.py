@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -33,9 +34,12 @@ def print_report(
     table = Table(
         title=f"{model.name} on {server.num_gpus} x {server.gpu.name}: {job.total_requests:,} requests{sampled}",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
     )
     table.add_column("layout", no_wrap=True)
-    for name in ("out tok/s", "req/s", "hours", "rows", "busy", "wait", "GiB"):
+    for name in ("out tok/s", "hours", "rows", "busy", "wait", "GiB"):
         table.add_column(name, justify="right", no_wrap=True)
     results = [outcome for outcome in outcomes if isinstance(outcome, LayoutResult)]
     for result in sorted(results, key=lambda result: -result.output_tokens_per_second):
@@ -43,10 +47,15 @@ def print_report(
         table.add_row(*_cells(result), style=style)
     console.print(table)
     console.print(
-        "rows: of a decode step; busy: the busiest stage; wait: for copies, of the time; GiB: host memory in use at most",
+        "rows: of a decode step; busy: the busiest stage; wait: of the time, for copies; GiB: of host memory, for KV",
         style="dim",
         highlight=False,
     )
+    if any(result.is_rough for result in results):
+        console.print(
+            "~ the sample hardly fills the batches, so that these rest on a sum more than on a run: raise --max-requests",
+            highlight=False,
+        )
     for outcome in outcomes:
         if isinstance(outcome, LayoutRefusal):
             console.print(f"{outcome.layout}: {outcome.reason.split(';')[0]}", highlight=False)
@@ -74,8 +83,7 @@ def _cells(result: LayoutResult) -> list[str]:
     run = result.run
     return [
         str(result.layout),
-        f"{result.output_tokens_per_second:,.0f}",
-        f"{result.requests_per_second:.2f}",
+        f"{'~' if result.is_rough else ''}{result.output_tokens_per_second:,.0f}",
         f"{result.job_seconds / 3600:.2f}",
         f"{result.mean_rows:.0f}",
         "" if run is None else f"{max(run.stage_utilisation):.0%}",
@@ -123,6 +131,7 @@ def outcome_json(outcome: LayoutResult | LayoutRefusal) -> dict[str, Any]:
         "requests_per_second": outcome.requests_per_second,
         "mean_rows": outcome.mean_rows,
         "home_bytes": outcome.home_bytes,
+        "is_rough": outcome.is_rough,
         "run": None if outcome.run is None else run_json(outcome.run),
     }
 
