@@ -103,6 +103,44 @@ def _pipemax(
     pass
 
 
+bench_app = typer.Typer(name="bench", help="Measures.", no_args_is_help=True)
+app.add_typer(bench_app)
+
+
+@bench_app.command("throughput")
+@with_engine_flags
+def bench_throughput(
+    *,
+    dataset_path: Annotated[
+        Path,
+        typer.Option(metavar="PATH", help="CSV with columns prompt_tokens and output_tokens, a request a line."),
+    ],
+    num_prompts: Annotated[
+        int | None, typer.Option(metavar="N", help="Requests: the first N of the file.", show_default="all", min=1)
+    ] = None,
+    output_json: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Everything measured, as JSON.", show_default="not written")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks with errors.")] = False,
+    engine: dict[str, Any],
+) -> None:
+    """Works through random prompts of the file's lengths, and prints how fast that went.
+
+    Output lengths are hidden from the scheduler: all requests carry the same max_tokens and are stopped when they have
+    their length.
+    """
+    with _errors_told(verbose=verbose):
+        from pipemax.bench import run_throughput
+
+        run_throughput(
+            dataset_path=dataset_path,
+            num_prompts=num_prompts,
+            output_json=output_json,
+            engine_settings=engine,
+            stdout=sys.stdout,
+        )
+
+
 @app.command("run-batch")
 @with_engine_flags
 def run_batch(

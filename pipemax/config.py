@@ -9,6 +9,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from pipemax.cuda_options import AttentionChoice, CudaOptions
+
 
 class ConfigError(ValueError):
     """The settings cannot work. The message names the setting and the fix; nothing has been started yet."""
@@ -19,6 +21,21 @@ class LoadFormat(enum.StrEnum):
 
     AUTO = "auto"
     DUMMY = "dummy"
+
+
+class KVOffload(enum.StrEnum):
+    """ON: blocks have homes in host memory and travel. OFF: KV lives on the device alone (for comparison)."""
+
+    ON = "on"
+    OFF = "off"
+
+
+class PhasePolicyName(enum.StrEnum):
+    """How prefill and decode share the steps (`scheduling/phase.py`)."""
+
+    DISAGGREGATED = "disaggregated"
+    MIXED = "mixed"
+    AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +54,14 @@ class EngineConfig:
     max_num_seqs                 most rows in one step
     max_num_batched_tokens       most new tokens in one prefill step
     async_scheduling             plan a batch's next step before the tokens of its last one are known
+    kv_offload                   "on" | "off": whether KV may live in host memory
+    phase_policy                 "auto" | "mixed" | "disaggregated": how prefill and decode share the steps
     threads_per_stage            CPU threads of a stage; default: cores divided by stages
+    gpu_memory_utilization       share of each GPU's memory that weights, KV cache and the rest may take together
+    attention_backend            "auto" | "flashinfer" | "reference", on a GPU
+    fused_layers                 on a GPU: merged GEMMs and fused operations for families that have them
+    cuda_graphs                  on a GPU: small steps from CUDA graphs; needs fused_layers
+    stage_devices                GPU of each stage; default: stage i on GPU i. Stages that share one are for tests
     """
 
     model: str
@@ -58,7 +82,14 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     async_scheduling: bool = True
+    kv_offload: KVOffload = KVOffload.ON
+    phase_policy: PhasePolicyName = PhasePolicyName.AUTO
     threads_per_stage: int | None = None
+    gpu_memory_utilization: float = 0.97
+    attention_backend: AttentionChoice = AttentionChoice.AUTO
+    fused_layers: bool = True
+    cuda_graphs: bool = True
+    stage_devices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         def positive(name: str, *, minimum: int = 1, optional: bool = False) -> None:
@@ -92,4 +123,30 @@ class EngineConfig:
                 f"num_window_blocks ({self.num_window_blocks}) must be below num_device_blocks "
                 f"({self.num_device_blocks}): the tail block of a live request stays outside the window"
             )
-        object.__setattr__(self, "load_format", LoadFormat(self.load_format))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
+        if self.stage_devices is not None and len(self.stage_devices) != self.pipeline_parallel_size:
+            raise ConfigError(
+                f"stage_devices names {len(self.stage_devices)} GPUs for {self.pipeline_parallel_size} stages: "
+                "give one a stage"
+            )
+        for name, kind in (
+            ("load_format", LoadFormat),
+            ("kv_offload", KVOffload),
+            ("phase_policy", PhasePolicyName),
+            ("attention_backend", AttentionChoice),
+        ):
+            value = getattr(self, name)
+            if value not in list(kind):
+                raise ConfigError(f"{name} must be {' or '.join(kind)}, got {value!r}")
+            object.__setattr__(self, name, kind(value))
+
+    @property
+    def cuda_options(self) -> CudaOptions:
+        return CudaOptions(
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            attention_backend=self.attention_backend,
+            fused_layers=self.fused_layers,
+            cuda_graphs=self.cuda_graphs,
+            stage_devices=self.stage_devices,
+        )

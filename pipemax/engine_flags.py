@@ -19,8 +19,9 @@ from pipemax.config import EngineConfig
 
 _MODEL = "Model"
 _PIPELINE = "Pipeline and batches"
-_SCHEDULING = "Scheduling"
+_SWITCHES = "Switches"
 _KV = "KV cache"
+_GPU = "GPUs"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,9 +67,14 @@ _FLAGS = {
     "max_num_seqs": _Flag(_PIPELINE, "ROWS", "Most rows in one step of one batch."),
     "max_num_batched_tokens": _Flag(_PIPELINE, "TOKENS", "Most prompt tokens in one prefill step."),
     "threads_per_stage": _Flag(_PIPELINE, "N", "CPU threads of a stage.", default="cores divided by stages"),
-    "async_scheduling": _Flag(
-        _SCHEDULING, None, "Plan a batch's next step before the tokens of its last one are known."
+    "async_scheduling": _Flag(_SWITCHES, None, "Plan a batch's next step before the tokens of its last one are known."),
+    "phase_policy": _Flag(
+        _PIPELINE,
+        "POLICY",
+        "How prefill and decode share the steps: mixed, disaggregated or auto, which is the one that is expected to be "
+        "faster.",
     ),
+    "kv_offload": _Flag(_KV, "MODE", "on keeps KV of waiting batches in host memory; off is for comparison."),
     "block_size": _Flag(_KV, "TOKENS", "Tokens in a KV block."),
     "num_device_blocks": _Flag(
         _KV, "BLOCKS", "KV blocks on each device, window included.", default="from the device's memory"
@@ -82,10 +88,19 @@ _FLAGS = {
     "host_memory_gib": _Flag(
         _KV, "GIB", "Host memory for KV blocks, all stages together.", default="a quarter of what is free"
     ),
+    "gpu_memory_utilization": _Flag(
+        _GPU, "SHARE", "Of each GPU's memory, what weights, KV cache and the rest may take together."
+    ),
+    "attention_backend": _Flag(
+        _GPU, "BACKEND", "auto is flashinfer in half precision where it is installed; reference is plain torch."
+    ),
+    "fused_layers": _Flag(_SWITCHES, None, "On GPUs: merged GEMMs and fused operations, for families that have them."),
+    "cuda_graphs": _Flag(_SWITCHES, None, "On GPUs: run small steps from CUDA graphs; needs fused layers."),
 }
 
-# A batch file is text: what works without a tokenizer is the Python API.
-_NOT_FLAGS = frozenset({"skip_tokenizer_init"})
+# A batch file is text: what works without a tokenizer is the Python API. GPUs are chosen by CUDA_VISIBLE_DEVICES;
+# stages that share one are for tests.
+_NOT_FLAGS = frozenset({"skip_tokenizer_init", "stage_devices"})
 
 
 def with_engine_flags(command: Callable[..., None]) -> Callable[..., None]:

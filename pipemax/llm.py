@@ -9,6 +9,7 @@ scheduling, no tensors.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +19,19 @@ from typing import Any
 import numpy as np
 
 from pipemax.config import ConfigError, EngineConfig
+from pipemax.control_plane import build_scheduler
+from pipemax.cost.forecast import Forecast
+from pipemax.cost.load import even_stages
+from pipemax.cost.table import best_cost_model
 from pipemax.engine import Engine, EngineUpdate
 from pipemax.executor.process import ProcessExecutor
-from pipemax.kv.prefetch import PrefetchBudget
+from pipemax.executor.sizing import GIB, free_host_bytes
+from pipemax.local_hardware import local_server
 from pipemax.model_spec import ModelSpec
 from pipemax.output_processor import OutputProcessor
-from pipemax.plan import Phase
-from pipemax.request import FinishReason, RequestError, RequestOutput, SamplingParams
-from pipemax.scheduling.balancer import Balancer
-from pipemax.scheduling.output_length import OutputLengthEstimate
-from pipemax.scheduling.phase import PrefillFirst
+from pipemax.plan import Capacity, Phase
+from pipemax.request import FinishReason, GenerationError, RequestError, RequestOutput, SamplingParams
 from pipemax.scheduling.request_state import RequestState
-from pipemax.scheduling.scheduler import Scheduler
 from pipemax.tokenization import Tokenizer
 from pipemax.worker.gguf import cached_gguf_folder
 
@@ -85,15 +87,14 @@ class LLM:
             folder = cached_gguf_folder(folder)
         spec = ModelSpec.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         self._seed = config.seed
-        self._vocab_size = spec.vocab_size
-        self.max_model_len = _max_model_len(config, spec)
         self._tokenizer = self._load_tokenizer(config, folder)
-        self._num_batches = config.num_batches or config.pipeline_parallel_size
+        num_batches = config.num_batches or config.pipeline_parallel_size
+        model_len = _max_model_len(config, spec)
         self._executor = ProcessExecutor.start(
             model_dir=folder,
             spec=spec,
             num_stages=config.pipeline_parallel_size,
-            num_batches=self._num_batches,
+            num_batches=num_batches,
             device=config.device,
             dtype=config.dtype,
             seed=config.seed,
@@ -103,32 +104,29 @@ class LLM:
             num_device_blocks=config.num_device_blocks,
             num_window_blocks=config.num_window_blocks,
             host_memory_gib=config.host_memory_gib,
-            max_model_len=self.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            threads_per_stage=config.threads_per_stage,
-        )
-        capacity = self._executor.capacity
-        # A request that is longer than either pool could never run, whatever the model allows.
-        self._max_blocks = min(capacity.num_device_blocks, capacity.num_host_blocks)
-        self._max_queued = 2 * self._num_batches * config.max_num_seqs
-        scheduler = Scheduler(
-            capacity=capacity,
-            num_batches=self._num_batches,
+            max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_plans_per_batch=2 if config.async_scheduling else 1,
-            phase_policy=PrefillFirst(),
-            balancer=Balancer(
-                num_batches=self._num_batches,
-                max_rows=config.max_num_seqs,
-                live_blocks=capacity.num_device_blocks + (self._num_batches - 1) * capacity.num_window_blocks,
-            ),
-            prefetch_budget=PrefetchBudget(blocks_per_step=capacity.num_window_blocks + self._max_blocks),
-            output_length=OutputLengthEstimate(),
+            kv_offload=config.kv_offload,
+            threads_per_stage=config.threads_per_stage,
+            cuda=config.cuda_options,
         )
+        capacity = self._executor.capacity
+        scheduler = build_scheduler(
+            capacity=capacity,
+            num_batches=num_batches,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            async_scheduling=config.async_scheduling,
+            phase_policy=config.phase_policy,
+            kv_offload=config.kv_offload,
+            forecast=self._forecast(spec, capacity),
+        )
+        # A request that is longer than either pool could never run, whatever the model allows.
+        self.max_model_len = min(model_len, scheduler.max_blocks_per_request * capacity.block_size)
+        self._max_queued = 2 * num_batches * config.max_num_seqs
         self._engine = Engine(scheduler=scheduler, executor=self._executor)
         self._outputs = OutputProcessor(tokenizer=self._tokenizer)
-        self._block_size = capacity.block_size
         self._started_seconds = self._executor.now()
         self._next_id = 0
         self._streaming = False
@@ -162,7 +160,7 @@ class LLM:
         return self._in_order(
             GenerationRequest(
                 request_id=str(index),
-                messages=conversation,  # type: ignore[arg-type]
+                messages=conversation,
                 sampling_params=params,
                 chat_template_kwargs=chat_template_kwargs,
             )
@@ -224,6 +222,20 @@ class LLM:
             elapsed_seconds=self._executor.now() - self._started_seconds,
         )
 
+    @property
+    def engine(self) -> Engine:
+        """The engine underneath, for those who measure or drive it themselves."""
+        return self._engine
+
+    @property
+    def vocab_size(self) -> int:
+        """Prompt token ids are below this."""
+        return self._executor.vocab_size
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
     def shutdown(self) -> None:
         """Ends the stages. Idempotent."""
         self._executor.shutdown()
@@ -238,12 +250,24 @@ class LLM:
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 
+    def _forecast(self, spec: ModelSpec, capacity: Capacity) -> Forecast:
+        """Where estimates start; steps correct them."""
+        server = local_server(
+            self._executor.device, num_stages=capacity.num_stages, host_memory_gib=free_host_bytes() / GIB
+        )
+        return Forecast(
+            cost=best_cost_model(model=spec, gpu=server.gpu),
+            stages=even_stages(spec.num_layers, capacity.num_stages),
+            link=server.host_link,
+            block_bytes=capacity.block_bytes,
+        )
+
     @staticmethod
     def _load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
         if config.skip_tokenizer_init:
             return None
         source = Path(config.tokenizer) if config.tokenizer else folder
-        return Tokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        return Tokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code, model_folder=folder)
 
     def _in_order(self, requests: Iterable[GenerationRequest]) -> list[RequestOutput]:
         outputs = sorted(self.stream(requests), key=lambda output: int(output.request_id))
@@ -259,7 +283,7 @@ class LLM:
         token_ids: list[int] = []
         try:
             token_ids = self._encode(request)
-            state = self._state(request_id, token_ids, request.sampling_params)
+            state = self._state(request_id, request.request_id, token_ids, request.sampling_params)
             self._outputs.add(request_id, request.sampling_params, token_ids)
         except RequestError as error:
             return RequestOutput(
@@ -281,10 +305,15 @@ class LLM:
         assert isinstance(request.prompt, str)
         return self._tokenizer.encode(request.prompt)
 
-    def _state(self, request_id: int, token_ids: list[int], sampling: SamplingParams) -> RequestState:
+    def _default_seed(self, name: str) -> int:
+        """The same for a request of that name in every run with this seed, wherever it comes in the stream."""
+        digest = hashlib.blake2b(f"{self._seed}:{name}".encode(errors="surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+    def _state(self, request_id: int, name: str, token_ids: list[int], sampling: SamplingParams) -> RequestState:
         if not token_ids:
             raise RequestError("the prompt is empty: there is no token to start from", param="prompt")
-        vocab_size = self._vocab_size
+        vocab_size = self._executor.vocab_size
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             raise RequestError(f"prompt token ids must be in [0, {vocab_size - 1}]", param="prompt")
         room = self.max_model_len - len(token_ids)
@@ -299,7 +328,7 @@ class LLM:
             request_id=request_id,
             prompt_token_ids=np.array(token_ids, dtype=np.int32),
             sampling=sampling,
-            seed=sampling.seed if sampling.seed is not None else (self._seed << 32) + request_id,
+            seed=sampling.seed if sampling.seed is not None else self._default_seed(name),
             stop_token_ids=frozenset(end_tokens) | frozenset(sampling.stop_token_ids),
             max_outputs=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
         )
@@ -311,7 +340,7 @@ class LLM:
         if update.error is not None:
             request = live.pop(request_id)
             self._outputs.drop(request_id)
-            return request.output(error=RequestError(update.error))
+            return request.output(error=GenerationError(update.error))
         assert update.token_id is not None
         stop_string = self._outputs.append(request_id, update.token_id, news.logprobs)
         if reason is None and stop_string is None:

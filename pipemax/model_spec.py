@@ -1,7 +1,7 @@
 """`ModelSpec`: the numbers of a model that planning needs, read from its config; no weights, no torch.
 
-Sizes come through Transformers' `AutoConfig`, which knows each family's defaults. Refusing a model that cannot be sliced
-is `worker/stage_model.py`'s job; this module only reads.
+Sizes come through Transformers' `AutoConfig`, which knows each family's defaults. Refusing a model that cannot be
+sliced is `worker/stage_model.py`'s job; this module only reads.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pipemax.plan import Capacity, StepPlan, StepResult
 
 
 class ExecutorError(RuntimeError):
-    """A stage failed: the job cannot go on. The message is what a user should read; `details` has the stage's traceback."""
+    """A stage failed: the job cannot go on. The message is for the user; `details` has the stage's traceback."""
 
     def __init__(self, message: str, *, details: str = "") -> None:
         super().__init__(message)

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from pipemax.config import ConfigError, LoadFormat
+from pipemax.config import ConfigError, KVOffload, LoadFormat
 from pipemax.cuda_options import CudaOptions
 from pipemax.executor.base import ExecutorError
 from pipemax.executor.sizing import KVWishes, available_cores, free_host_bytes, size_kv
@@ -211,10 +211,11 @@ class _SubmittedStep:
 class ProcessExecutor:
     """Executor over stage processes on this machine. Make one with `start`."""
 
-    def __init__(self, *, stages: _StageGroup, capacity: Capacity, vocab_size: int) -> None:
+    def __init__(self, *, stages: _StageGroup, capacity: Capacity, vocab_size: int, device: str) -> None:
         self._stages = stages
         self._capacity = capacity
         self._vocab_size = vocab_size
+        self._device = device
         self._submitted: deque[_SubmittedStep] = deque()
         self._finalizer = weakref.finalize(self, stages.end)
 
@@ -224,7 +225,7 @@ class ProcessExecutor:
         *,
         model_dir: Path,
         spec: ModelSpec,
-        max_model_len: int,
+        max_model_len: int | None,
         num_stages: int = 1,
         num_batches: int | None = None,
         device: str = "auto",
@@ -238,10 +239,13 @@ class ProcessExecutor:
         host_memory_gib: float | None = None,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
+        kv_offload: KVOffload = KVOffload.ON,
         threads_per_stage: int | None = None,
         cuda: CudaOptions | None = None,
     ) -> ProcessExecutor:
         """Starts and loads all stages; parameters are named and meant as in `EngineConfig`. `spec` is the model's.
+
+        With `max_model_len` None the model's own length counts, cut to what memory holds (`capacity` tells).
 
         Raises ConfigError when the settings, the files or the memory do not do (nothing is left running then), and
         ExecutorError when a stage fails otherwise.
@@ -254,9 +258,10 @@ class ProcessExecutor:
         from pipemax.worker.stage_process import KVSize, StageLoaded, StageReady, StageSettings
 
         cuda = cuda or CudaOptions()
+        model_len = max_model_len or spec.max_position_embeddings
         device = resolve_device(device, num_stages=num_stages, stage_devices=cuda.stage_devices)
         layers_of = split_layers(spec.num_layers, num_stages)
-        check_checkpoint(model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=max_model_len)
+        check_checkpoint(model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=model_len)
         with tempfile.TemporaryDirectory(prefix="pipemax-") as private_dir:  # mode 0700; gone when all are connected
             stages = _StageGroup(
                 [
@@ -269,7 +274,7 @@ class ProcessExecutor:
                         load_format=load_format,
                         trust_remote_code=trust_remote_code,
                         seed=seed,
-                        max_model_len=max_model_len,
+                        max_model_len=model_len,
                         block_size=block_size,
                         num_threads=threads_per_stage or max(1, available_cores() // num_stages),
                         environment=dict(os.environ),
@@ -292,6 +297,7 @@ class ProcessExecutor:
                         num_device_blocks=num_device_blocks,
                         num_window_blocks=num_window_blocks,
                         host_memory_gib=host_memory_gib,
+                        offload=kv_offload,
                     ),
                     stage_block_bytes=[one.block_bytes for one in loaded],
                     free_device_bytes=free_device_bytes or None,
@@ -302,11 +308,16 @@ class ProcessExecutor:
             except BaseException:
                 stages.end()
                 raise
-        return cls(stages=stages, capacity=capacity, vocab_size=spec.vocab_size)
+        return cls(stages=stages, capacity=capacity, vocab_size=spec.vocab_size, device=device)
 
     @property
     def capacity(self) -> Capacity:
         return self._capacity
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda"."""
+        return self._device
 
     @property
     def vocab_size(self) -> int:

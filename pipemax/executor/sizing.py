@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipemax.config import ConfigError
+from pipemax.config import ConfigError, KVOffload
 from pipemax.plan import Capacity
 
 GIB = 1024**3
@@ -23,15 +23,16 @@ _TOKENS_A_ROW = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVWishes:
-    """What the user has asked for; None means: choose. `max_model_len` in tokens."""
+    """What the user has asked for; None means: choose. `max_model_len` (tokens) None: whatever fits."""
 
     block_size: int
-    max_model_len: int
+    max_model_len: int | None
     max_num_seqs: int
     num_batches: int
     num_device_blocks: int | None
     num_window_blocks: int | None
     host_memory_gib: float | None
+    offload: KVOffload = KVOffload.ON
 
 
 def size_kv(
@@ -57,9 +58,13 @@ def size_kv(
         device_blocks = min(wanted, int(free_host_bytes * _HOST_SHARE) // block_bytes)
     window_blocks = wishes.num_window_blocks
     if window_blocks is None:
-        window_blocks = device_blocks // 8 if wishes.num_batches > 1 else 0
+        window_blocks = device_blocks // 8 if wishes.num_batches > 1 and wishes.offload is KVOffload.ON else 0
     host_gib = wishes.host_memory_gib
     host_blocks = int(free_host_bytes * _HOST_SHARE if host_gib is None else host_gib * GIB) // block_bytes
+    if wishes.offload is KVOffload.OFF:
+        if window_blocks:
+            raise ConfigError("num_window_blocks is for blocks that travel: set it to 0, or kv_offload to on")
+        host_blocks = 0
     _check(
         wishes,
         device_blocks=device_blocks,
@@ -89,15 +94,15 @@ def _check(
     free_host_bytes: int,
     devices_are_host: bool,
 ) -> None:
-    needed = -(-wishes.max_model_len // wishes.block_size)
-    request = f"one request of max_model_len {wishes.max_model_len} needs {needed} KV blocks"
+    needed = 1 if wishes.max_model_len is None else -(-wishes.max_model_len // wishes.block_size)
+    request = f"one request of {wishes.max_model_len or 1} tokens (max_model_len) needs {needed} KV blocks"
     if device_blocks < needed:
         how = "raise num_device_blocks" if wishes.num_device_blocks is not None else "the free memory sets that number"
         fitting = device_blocks * wishes.block_size
         raise ConfigError(
             f"{request} and the device holds {device_blocks}: {how}, or set max_model_len to at most {fitting}"
         )
-    if host_blocks < needed:
+    if host_blocks < needed and wishes.offload is KVOffload.ON:
         needed_gib = needed * block_bytes / GIB
         raise ConfigError(
             f"{request} and host memory holds {host_blocks}: set host_memory_gib to at least {needed_gib:.3g}, "

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipemax.config import KVOffload
 from pipemax.kv.block_pool import BlockPool
 from pipemax.kv.block_table import ABSENT, BlockTable
-from pipemax.kv.window import BlockKey, Window
+from pipemax.kv.window import Window
 from pipemax.plan import BlockCopies, Capacity, Int32Array
 
 
@@ -44,18 +45,21 @@ def _copies(pairs: Sequence[tuple[int, int]]) -> BlockCopies:
 class KVManager:
     """Residency of every live request's KV. All counts are blocks."""
 
-    def __init__(self, *, capacity: Capacity) -> None:
+    def __init__(self, *, capacity: Capacity, offload: KVOffload) -> None:
         assert capacity.num_window_blocks < capacity.num_device_blocks
+        assert offload is KVOffload.ON or not capacity.num_window_blocks
+        self.offload = offload
         self.block_size = capacity.block_size
         self.device = BlockPool(capacity.num_device_blocks)
-        self.host = BlockPool(capacity.num_host_blocks)
-        self.window = Window([self.device.allocate() for _ in range(capacity.num_window_blocks)])
+        # Without offloading homes are a formality: as many as there are slots.
+        self.host = BlockPool(capacity.num_host_blocks if offload is KVOffload.ON else capacity.num_device_blocks)
+        self.window = Window(device=self.device, num_blocks=capacity.num_window_blocks)
         self._tables: dict[int, BlockTable] = {}
         self._going_home: list[tuple[BlockTable, int, int]] = []  # table, block, tokens
         self._home_copies: list[tuple[int, int]] = []  # slot, home of the plan being composed
         self._busy_slots: set[int] = set()  # slots that the last plan writes home
         self._deferred_slots: list[int] = []  # freed while busy
-        self._promoted: dict[BlockKey, int] = {}  # resident from the step being staged on; in its refill
+        self._promoted: dict[tuple[int, int], int] = {}  # (request, block): slot, for the step being staged
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -92,7 +96,7 @@ class KVManager:
                 self._free_slot(slot)
         for home in table.homes.tolist():
             self.host.free(home)
-        self.window.forget(request_id)
+        self.window.forget(table)
         self._going_home = [entry for entry in self._going_home if entry[0] is not table]
 
     # -- going home ----------------------------------------------------------------------------------------------------
@@ -111,8 +115,11 @@ class KVManager:
     def write_home(self, request_id: int, *, first_token: int, num_tokens: int, partial_too: bool) -> None:
         """Sends home the blocks that tokens `[first_token, num_tokens)` filled, and the unfilled tail if asked.
 
-        A block whose home copy is complete already is not sent again.
+        A block whose home copy is complete already is not sent again. Without offloading nothing is sent, and so
+        nothing is ever dropped.
         """
+        if self.offload is KVOffload.OFF:
+            return
         table = self._tables[request_id]
         last = self.blocks_for(num_tokens) if partial_too else num_tokens // self.block_size
         for block in range(first_token // self.block_size, last):
@@ -154,28 +161,20 @@ class KVManager:
 
     def place(self, request_ids: Iterable[int]) -> Placement:
         """Slots of every block of the given rows: resident ones, and the window for the rest."""
-        tables = [(request_id, self._tables[request_id]) for request_id in request_ids]
-        wanted = [
-            (request_id, block)
-            for request_id, table in tables
-            if table.num_absent
-            for block in table.absent_blocks().tolist()
-        ]
-        assigned, missing = self.window.assign(wanted)
-        refill = [(assigned[key], int(self._tables[key[0]].homes[key[1]])) for key in missing]
-        refill += [(slot, int(self._tables[rid].homes[block])) for (rid, block), slot in self._promoted.items()]
-        self._promoted.clear()
+        tables = [self._tables[request_id] for request_id in request_ids]
+        copies = self.window.assign(tables)
+        refill = BlockCopies(copies.slots, copies.homes)
+        if self._promoted:
+            promoted = _copies([(s, int(self._tables[rid].homes[b])) for (rid, b), s in self._promoted.items()])
+            refill = BlockCopies(
+                np.concatenate([refill.slots, promoted.slots]), np.concatenate([refill.homes, promoted.homes])
+            )
+            self._promoted.clear()
         indptr = np.zeros(len(tables) + 1, dtype=np.int32)
-        pieces: list[Int32Array] = []
-        for row, (request_id, table) in enumerate(tables):
-            slots = table.slots.copy()
-            if table.num_absent:
-                for block in table.absent_blocks().tolist():
-                    slots[block] = assigned[(request_id, block)]
-            pieces.append(slots)
-            indptr[row + 1] = indptr[row] + len(slots)
+        np.cumsum([table.num_blocks for table in tables], out=indptr[1:])
+        pieces = [table.placed_slots() for table in tables]
         indices = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
-        return Placement(indptr=indptr, indices=indices, refill=_copies(refill))
+        return Placement(indptr=indptr, indices=indices, refill=refill)
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 

@@ -7,16 +7,17 @@ When the device runs short, in this order:
     3. blocks of the batch being staged likewise
     4. the youngest running request leaves its batch: its tail goes home, the rest is dropped
 
-and when host memory itself is full, the youngest request is restarted: its KV is given up and computed again. Nobody
-yields to a younger request, and a request alone always fits (`Scheduler.add_request`), so the oldest always comes
-through and nothing deadlocks. A row that finds no slot this time *stalls*; until it has been served nobody joins and
-nothing is prefilled.
+and when host memory itself is full, or the device without offloading, the youngest request is restarted: its KV is
+given up and computed again. Nobody yields to a younger request, and a request alone always fits
+(`Scheduler.add_request`), so the oldest always comes through and nothing deadlocks. A row that finds no slot this
+time *stalls*; until it has been served nobody joins and nothing is prefilled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from pipemax.config import KVOffload
 from pipemax.kv.manager import KVManager
 from pipemax.kv.prefetch import PrefetchBudget
 from pipemax.scheduling.output_length import OutputLengthEstimate
@@ -40,6 +41,8 @@ class MemoryPressure:
         self._population = population
         self._output_length = output_length
         self._reserved_blocks = 0
+        self._batch_blocks = [0] * len(population.batches)
+        self._admissible_blocks = (kv.host if kv.offload is KVOffload.ON else kv.device).num_blocks
         self._holders: dict[int, RequestState] = {}  # requests with a block table, by time of admission
         self._leftovers: dict[int, RequestState] = {}  # of those, not in a batch and maybe still on the device
         self._stalled: set[int] = set()
@@ -59,10 +62,19 @@ class MemoryPressure:
         """Whether a waiting request's expected length fits at home beside what is promised already."""
         if request.request_id in self._holders or not self._holders:
             return True
-        return self._reserved_blocks + self._expected_blocks(request) <= self._kv.host.num_blocks
+        return self._reserved_blocks + self._expected_blocks(request) <= self._admissible_blocks
 
-    def num_blocks(self, requests: Iterable[RequestState]) -> int:
-        return sum(self._kv.table(request.request_id).num_blocks for request in requests)
+    def blocks_for(self, num_tokens: int) -> int:
+        """Slots to keep for chunks of that many tokens: one being computed, one on its way home."""
+        return 2 * self._kv.blocks_for(num_tokens)
+
+    @property
+    def batch_blocks(self) -> Sequence[int]:
+        """Blocks that each batch in flight holds, present or absent."""
+        return self._batch_blocks
+
+    def num_blocks(self, request: RequestState) -> int:
+        return self._kv.table(request.request_id).num_blocks
 
     def num_absent(self, requests: Iterable[RequestState]) -> int:
         return sum(self._kv.table(r.request_id).num_absent for r in requests if r.request_id in self._holders)
@@ -99,12 +111,30 @@ class MemoryPressure:
             self._drop_to_window(requests, missing)
 
     def extend(self, request: RequestState) -> bool:
-        """Room for one more token of a running request. False: it stalls, or had to give its own KV up."""
+        """Room for one more token of a running request. False: it sits this step out, or had to give its own KV up."""
+        absent = self._kv.table(request.request_id).num_absent
+        if absent > self._kv.window.num_blocks:
+            self.leave(request)  # the window has become smaller: the request comes back in another shape
+            return False
+        if not (
+            self._budget.allows(self._refill_blocks + absent, num_rows=len(self._rows) + 1)
+            and self._window_used + absent <= self._kv.window.num_blocks
+        ):
+            # The link has become slower, or the step shorter, than when blocks were dropped; or the first row needs
+            # more than a step's budget, and then it runs alone.
+            return False
         if self._kv.missing_blocks(request.request_id, request.num_computed + 1):
             if not self._make_host_room(request):
                 return False
             while not self._kv.device.num_free:
+                if self._kv.offload is KVOffload.OFF:
+                    if not self._restart_youngest(sparing=None, younger_than=request):
+                        self._restart(request)
+                        return False
+                    continue
                 victim = self._youngest_running(younger_than=request)
+                if victim is None and self._drop_own(request):
+                    continue
                 if victim is None:
                     self._stalled.add(request.request_id)
                     return False
@@ -116,7 +146,7 @@ class MemoryPressure:
         return True
 
     def admit(self, request: RequestState, *, at_most: int, keep_free: int) -> int:
-        """Room for a row of a request that is in no batch; gives the tokens it may compute, 0 if there is no room.
+        """Room for a row of a request that is in no batch; gives the tokens it may compute: 0 if none.
 
         at_most    tokens wanted: 1 for a READY request, a chunk for a waiting prompt
         keep_free  slots to leave to others
@@ -133,7 +163,9 @@ class MemoryPressure:
         travelling = self._refill_blocks + table.num_absent
         if not self._budget.allows(travelling, num_rows=len(self._rows) + 1):
             return 0
-        window_left = kv.window.num_blocks - self._window_used
+        # A request alone may use the whole window, whatever the link can do: it has to run somehow.
+        window = min(kv.window.num_blocks, self._budget.window_blocks) if self._rows else kv.window.num_blocks
+        window_left = max(0, window - self._window_used)
         full_absent = table.num_absent - (tail is not None)
         fixed = keep_free + max(0, full_absent - window_left) + (tail is not None)
         wanted = fixed + kv.missing_blocks(request_id, request.num_computed + at_most)
@@ -145,6 +177,9 @@ class MemoryPressure:
         room = table.num_blocks * kv.block_size - request.num_computed
         num_new = min(at_most, room + max(0, new_blocks) * kv.block_size)
         if kv.device.num_free < fixed or num_new <= 0:
+            stuck = kv.offload is KVOffload.OFF and not self._population.num_running and not self._rows
+            if stuck and self._restart_youngest(sparing=request, younger_than=request):
+                return self.admit(request, at_most=at_most, keep_free=keep_free)
             return 0
         full = [block for block in table.absent_blocks().tolist() if block != tail]
         excess = max(0, len(full) - window_left)
@@ -155,9 +190,20 @@ class MemoryPressure:
         self._take_row(request, promoted_blocks=len(promoted))
         return num_new
 
-    def joined(self, request: RequestState) -> None:
-        """The request is a member of a batch now: what it has on the device is no leftover."""
+    def join(self, request: RequestState, batch_id: int) -> None:
+        """The request becomes a member of a batch: what it has on the device is no leftover."""
         self._leftovers.pop(request.request_id, None)
+        self._population.join(request, batch_id)
+        self._batch_blocks[batch_id] += self.num_blocks(request)
+
+    def board(self, request: RequestState, *, keep_free: int) -> None:
+        """Brings what the link has time for of a READY request that is too long to come back in one step."""
+        room = min(self._budget.left(self._refill_blocks), self._kv.device.num_free - keep_free)
+        absent = self._kv.table(request.request_id).absent_blocks().tolist()
+        for block in absent[: max(0, room)]:
+            self._kv.promote(request.request_id, block)
+            self._refill_blocks += 1
+            self._leftovers[request.request_id] = request
 
     def promote_absent(self, requests: Iterable[RequestState]) -> None:
         """Free slots are used at once: blocks that would travel every turn stay from now on."""
@@ -181,6 +227,7 @@ class MemoryPressure:
             num_tokens=request.num_computed,
             partial_too=True,
         )
+        self._leave_batch(request)
         self._population.make_ready(request)
         self._leftovers[request.request_id] = request
         self._stalled.discard(request.request_id)
@@ -188,6 +235,7 @@ class MemoryPressure:
     def forget(self, request: RequestState) -> None:
         """The request needs no memory any more."""
         if self._holders.pop(request.request_id, None) is not None:
+            self._leave_batch(request)
             self._kv.release(request.request_id)
             self._reserve(request, 0)
             self._leftovers.pop(request.request_id, None)
@@ -200,6 +248,10 @@ class MemoryPressure:
         self.num_restarted += 1
 
     # -- inner ---------------------------------------------------------------------------------------------------------
+
+    def _leave_batch(self, request: RequestState) -> None:
+        if request.batch_id is not None:
+            self._batch_blocks[request.batch_id] -= self.num_blocks(request)
 
     def _absent_tail(self, request: RequestState) -> int | None:
         """The block that the next token is written to, if it is there but not on the device."""
@@ -216,8 +268,11 @@ class MemoryPressure:
         request.reserved_blocks = blocks
 
     def _grow(self, request: RequestState, num_tokens: int) -> None:
+        before = self.num_blocks(request)
         self._kv.grow(request.request_id, num_tokens)
-        self._reserve(request, max(request.reserved_blocks, self._kv.table(request.request_id).num_blocks))
+        if request.batch_id is not None:
+            self._batch_blocks[request.batch_id] += self.num_blocks(request) - before
+        self._reserve(request, max(request.reserved_blocks, self.num_blocks(request)))
 
     def _drop_leftovers(self, wanted: int, *, sparing: RequestState | None = None) -> None:
         """Drops blocks of requests that are in no batch, youngest first, until `wanted` slots are free."""
@@ -236,7 +291,7 @@ class MemoryPressure:
     def _drop_to_window(self, requests: Iterable[RequestState], wanted: int) -> None:
         """Drops full blocks of one batch's members while its absent blocks fit the window."""
         members = list(requests)
-        room = self._kv.window.num_blocks - self.num_absent(members)
+        room = min(self._kv.window.num_blocks, self._budget.window_blocks) - self.num_absent(members)
         # Few requests with many absent blocks make longer copies than many with few.
         members.sort(key=lambda r: (-self._kv.table(r.request_id).num_absent, -r.request_id))
         for request in members:
@@ -245,25 +300,40 @@ class MemoryPressure:
                 return
             room -= self._kv.drop(request.request_id, num_tokens=request.num_computed, at_most=short, tail_too=False)
 
+    def _drop_own(self, request: RequestState) -> int:
+        """The first row of a step may use the whole window, whatever the link can do: it has to run somehow."""
+        room = 0 if self._rows else self._kv.window.num_blocks - self._kv.table(request.request_id).num_absent
+        return self._kv.drop(
+            request.request_id, num_tokens=request.num_computed, at_most=min(1, max(0, room)), tail_too=False
+        )
+
     def _youngest_running(self, *, younger_than: RequestState) -> RequestState | None:
         """Of the batch that holds most, so that the batches stay equal."""
-        candidates = (
-            [r for r in batch.values() if r.request_id > younger_than.request_id and r.request_id not in self._rows]
-            for batch in sorted(self._population.batches, key=lambda batch: -self.num_blocks(batch.values()))
-        )
-        for younger in candidates:
-            if younger:
-                return max(younger, key=lambda request: request.request_id)
+        batches = self._population.batches
+        for batch_id in sorted(range(len(batches)), key=lambda batch_id: -self._batch_blocks[batch_id]):
+            victim = max(
+                (r for r in batches[batch_id].values() if r.request_id not in self._rows),
+                key=lambda r: r.request_id,
+                default=None,
+            )
+            if victim is not None and victim.request_id > younger_than.request_id:
+                return victim
         return None
 
     def _make_host_room(self, request: RequestState) -> bool:
         """One free home for a running request; restarts the youngest, which may be the request itself."""
         while not self._kv.host.num_free:
-            others = (r for r in self._holders.values() if r.request_id not in self._rows)
-            youngest = max(others, key=lambda r: r.request_id)
-            if youngest is request and len(self._holders) == 1:
-                raise AssertionError("a request alone does not fit at home")
-            self._restart(youngest)
-            if youngest is request:
+            if not self._restart_youngest(sparing=None, younger_than=request):
+                assert len(self._holders) > 1, "a request alone does not fit at home"
+                self._restart(request)
                 return False
+        return True
+
+    def _restart_youngest(self, *, sparing: RequestState | None, younger_than: RequestState) -> bool:
+        """Restarts the youngest request that holds memory and has no row; False if all are older than the given one."""
+        others = (r for r in self._holders.values() if r.request_id not in self._rows and r is not sparing)
+        youngest = max(others, key=lambda r: r.request_id, default=None)
+        if youngest is None or youngest.request_id <= younger_than.request_id:
+            return False
+        self._restart(youngest)
         return True

@@ -19,6 +19,10 @@ class OutputLengthEstimate:
         self._weight += 1.0
         self._sum += num_tokens
 
+    @property
+    def mean_tokens(self) -> float:
+        return self._sum / self._weight
+
     def expected_tokens(self, *, max_outputs: int, num_outputs: int) -> int:
         """Expected total of a request that has `num_outputs` already; never above its own limit."""
-        return min(max_outputs, max(round(self._sum / self._weight), num_outputs + 1))
+        return min(max_outputs, max(round(self.mean_tokens), num_outputs + 1))

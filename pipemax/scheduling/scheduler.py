@@ -21,9 +21,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipemax.config import KVOffload
+from pipemax.cost.forecast import Forecast
+from pipemax.cost.load import StepLoad
 from pipemax.kv.manager import KVManager, Placement
 from pipemax.kv.prefetch import PrefetchBudget
-from pipemax.plan import NO_BATCH, BlockCopies, Capacity, NewRequest, Phase, StepPlan, StepResult
+from pipemax.plan import NO_BATCH, Capacity, NewRequest, Phase, StepPlan, StepResult
 from pipemax.request import FinishReason
 from pipemax.scheduling.balancer import Balancer
 from pipemax.scheduling.memory_pressure import MemoryPressure
@@ -32,12 +35,16 @@ from pipemax.scheduling.phase import PhasePolicy, PhaseView
 from pipemax.scheduling.population import Population
 from pipemax.scheduling.request_state import RequestState, RequestUpdate, Status
 
+# The window is changed when it is off by more than this share: a slot more or less is not worth a change.
+_WINDOW_TOLERANCE = 0.05
+
 
 @dataclass(slots=True)
 class SchedulerStats:
     """Counts since the start."""
 
     steps: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(Phase, 0))
+    num_announced: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     blocks_sent_home: int = 0
@@ -77,8 +84,9 @@ class Scheduler:
         max_plans_per_batch: int,
         phase_policy: PhasePolicy,
         balancer: Balancer,
-        prefetch_budget: PrefetchBudget,
+        forecast: Forecast,
         output_length: OutputLengthEstimate,
+        offload: KVOffload,
     ) -> None:
         self._capacity = capacity
         self._max_num_seqs = max_num_seqs
@@ -86,13 +94,14 @@ class Scheduler:
         self._max_plans_per_batch = max_plans_per_batch
         self._phase_policy = phase_policy
         self._balancer = balancer
-        self._budget = prefetch_budget
+        self._forecast = forecast
+        self._budget = PrefetchBudget(blocks_per_step=capacity.num_window_blocks)
         self._output_length = output_length
         self.stats = SchedulerStats()
-        self.kv = KVManager(capacity=capacity)
+        self.kv = KVManager(capacity=capacity, offload=offload)
         self._population = Population(num_batches=num_batches)
         self._memory = MemoryPressure(
-            kv=self.kv, population=self._population, prefetch_budget=prefetch_budget, output_length=output_length
+            kv=self.kv, population=self._population, prefetch_budget=self._budget, output_length=output_length
         )
         self._in_flight = [0] * num_batches
         self._plans_in_flight = 0
@@ -106,9 +115,14 @@ class Scheduler:
     def add_request(self, request: RequestState) -> None:
         """Queues a request. Its longest form must fit either pool alone (checked by the caller: a user's error)."""
         longest = self.kv.blocks_for(request.num_prompt + request.max_outputs)
-        assert longest <= min(self._capacity.num_device_blocks, self._capacity.num_host_blocks)
+        assert longest <= self.max_blocks_per_request
         assert request.num_prompt >= 1 and request.max_outputs >= 1
         self._population.add(request)
+
+    @property
+    def max_blocks_per_request(self) -> int:
+        """KV blocks of the longest request that can ever run."""
+        return min(self.kv.device.num_blocks, self.kv.host.num_blocks)
 
     @property
     def population(self) -> Population:
@@ -136,6 +150,7 @@ class Scheduler:
 
     def update(self, result: StepResult) -> list[RequestUpdate]:
         """Takes the tokens of a step in. Rows of requests that are over meanwhile are ignored."""
+        self._forecast.finished(result)
         self._plans_in_flight -= 1
         if result.batch_id != NO_BATCH:
             self._in_flight[result.batch_id] -= 1
@@ -201,22 +216,23 @@ class Scheduler:
         phase = self._phase_of(rows)
         new_requests = self._announce(rows)
         finished_ids, self._finished_ids = tuple(self._finished_ids), []
+        num_new = np.array([row.num_new for row in rows], dtype=np.int32)
         for row in rows:
             self._advance(row)
+        self._plan_prefetch(StepLoad.of_rows(num_computed, num_new, int(samples.sum())))
         self._staged = self._stage()
-        none = np.empty(0, dtype=np.int32)
         return StepPlan(
             step_id=self._next_step,
             batch_id=batch_id,
             phase=phase,
             request_ids=np.array([row.request.request_id for row in rows], dtype=np.int64),
             num_computed_tokens=num_computed,
-            num_new_tokens=np.array([row.num_new for row in rows], dtype=np.int32),
+            num_new_tokens=num_new,
             samples=samples,
             block_table_indptr=indptr,
             block_table_indices=indices,
             write_home=self.kv.take_write_home(),
-            refill=self._staged.placement.refill if self._staged is not None else BlockCopies(none, none),
+            refill=(self._staged.placement if self._staged is not None else self.kv.place([])).refill,
             new_requests=new_requests,
             finished_request_ids=finished_ids,
             sampled_through_step=depends_on,
@@ -230,6 +246,7 @@ class Scheduler:
         self.stats.steps[plan.phase] += 1
         self.stats.blocks_sent_home += len(plan.write_home)
         self.stats.blocks_refilled += len(plan.refill)
+        self._forecast.submitted(plan)
 
     def _live_rows(self, staged: _StagedStep) -> list[int]:
         requests = self._population.requests
@@ -258,6 +275,7 @@ class Scheduler:
         fresh = [row.request for row in rows if not row.request.announced]
         for request in fresh:
             request.announced = True
+            self.stats.num_announced += 1
             self.stats.prompt_tokens += request.num_prompt
         return tuple(request.announcement() for request in fresh)
 
@@ -283,24 +301,34 @@ class Scheduler:
 
     # -- staging -------------------------------------------------------------------------------------------------------
 
+    def _plan_prefetch(self, load: StepLoad) -> None:
+        """What may travel while the step being emitted runs, and how large the window should be from now on."""
+        decode = StepLoad.of_decode(
+            num_rows=max(1, round(self._mean_rows())), kv_tokens=round(self._mean_kv_tokens()) + 1
+        )
+        decode_seconds = self._forecast.step_seconds(decode)
+        # While nothing runs there is nothing to hide behind, and nobody to keep waiting either.
+        step_seconds = self._forecast.step_seconds(load) if load.num_tokens else decode_seconds
+        self._budget.blocks_per_step = self._forecast.refill_blocks(step_seconds)
+        if self._capacity.num_window_blocks:
+            usual = PrefetchBudget(blocks_per_step=self._forecast.refill_blocks(decode_seconds)).window_blocks
+            wanted = min(usual, self._capacity.num_device_blocks // 2)
+            if abs(wanted - self.kv.window.num_blocks) > _WINDOW_TOLERANCE * self.kv.window.num_blocks:
+                self.kv.window.resize(wanted)
+
     def _stage(self) -> _StagedStep | None:
         population = self._population
         waiting = population.waiting
-        view = PhaseView(
-            num_waiting=len(waiting),
-            num_ready=len(population.ready),
-            num_running=population.num_running,
-            can_admit=bool(waiting) and self._memory.can_admit(waiting[0]),
-        )
-        for phase in self._phase_policy.preference(view):
+        choice = self._phase_policy.choose(self._view())
+        for phase in choice.preference:
             for turn in range(len(self._in_flight) if phase is not Phase.PREFILL else 1):
                 batch_id = (self._next_batch + turn) % len(self._in_flight)
                 rows: list[_Row] = []
                 self._memory.begin_step()
                 if phase is not Phase.PREFILL:
-                    self._add_decode_rows(rows, batch_id)
+                    self._add_decode_rows(rows, batch_id, keep_free=self._memory.blocks_for(choice.chunk_tokens))
                 if phase is not Phase.DECODE:
-                    self._add_prefill_rows(rows)
+                    self._add_prefill_rows(rows, at_most=choice.chunk_tokens if rows else self._max_num_batched_tokens)
                 if rows:
                     self._next_batch = (batch_id + 1) % len(self._in_flight)
                     if not waiting:
@@ -310,7 +338,34 @@ class Scheduler:
                     return _StagedStep(batch_id, tuple(rows), placement)
         return None
 
-    def _add_decode_rows(self, rows: list[_Row], batch_id: int) -> None:
+    def _view(self) -> PhaseView:
+        population, memory = self._population, self._memory
+        waiting = population.waiting
+        announced = max(1, self.stats.num_announced)
+        rows_share = self._mean_rows() / self._max_num_seqs
+        return PhaseView(
+            num_waiting=len(waiting),
+            num_ready=len(population.ready),
+            num_running=population.num_running,
+            can_admit=bool(waiting) and memory.can_admit(waiting[0]),
+            full_share=min(1.0, max(rows_share, sum(memory.batch_blocks) / self._live_blocks())),
+            mean_rows=self._mean_rows(),
+            mean_kv_tokens=self._mean_kv_tokens(),
+            mean_prompt=self.stats.prompt_tokens / announced,
+            mean_output=self._output_length.mean_tokens,
+        )
+
+    def _mean_rows(self) -> float:
+        return self._population.num_running / len(self._in_flight)
+
+    def _mean_kv_tokens(self) -> float:
+        return sum(self._memory.batch_blocks) * self._capacity.block_size / len(self._in_flight)
+
+    def _live_blocks(self) -> int:
+        """KV blocks that all batches in flight may hold together: resident ones, and the window once for each."""
+        return self._capacity.num_device_blocks + (len(self._in_flight) - 1) * self.kv.window.num_blocks
+
+    def _add_decode_rows(self, rows: list[_Row], batch_id: int, *, keep_free: int) -> None:
         population, memory = self._population, self._memory
         batch = population.batches[batch_id]
         target = self._balancer.target_rows(num_ready=len(population.ready), num_running=population.num_running)
@@ -323,34 +378,37 @@ class Scheduler:
             if request.status is Status.RUNNING and memory.extend(request):
                 rows.append(_Row(request, 1))
         if not memory.stalled:
-            self._join_ready(rows, batch_id, target=target)
+            self._join_ready(rows, batch_id, target=target, keep_free=keep_free)
 
-    def _join_ready(self, rows: list[_Row], batch_id: int, *, target: int) -> None:
+    def _join_ready(self, rows: list[_Row], batch_id: int, *, target: int, keep_free: int) -> None:
         """Fills the batch from READY, oldest first, while device, window and link have room."""
         population, memory = self._population, self._memory
-        batch_blocks = memory.num_blocks([row.request for row in rows])
+        live_blocks = self._live_blocks() - keep_free
         for request in list(population.ready):
-            request_blocks = memory.num_blocks([request])
-            if len(rows) >= target or not self._balancer.may_join(
-                batch_blocks=batch_blocks, request_blocks=request_blocks
+            if request.status is not Status.READY:
+                continue  # it had to start anew, for the sake of an older one
+            if len(population.batches[batch_id]) >= target or not self._balancer.may_join(
+                batch_blocks=memory.batch_blocks[batch_id],
+                request_blocks=memory.num_blocks(request),
+                live_blocks=live_blocks,
             ):
                 break
             recent = request.last_sample_step + self._capacity.num_stages > self._next_step + 1
             if recent and population.num_running:
                 continue  # its token is still under way: taking it now would make the first stage wait for it
-            if not memory.admit(request, at_most=1, keep_free=memory.growth_reserve()):
+            reserve = memory.growth_reserve() + (keep_free if population.num_running else 0)
+            if not memory.admit(request, at_most=1, keep_free=reserve):
+                memory.board(request, keep_free=reserve)
                 break
-            batch_blocks += request_blocks
-            population.join(request, batch_id)
-            memory.joined(request)
+            memory.join(request, batch_id)
             rows.append(_Row(request, 1))
 
-    def _add_prefill_rows(self, rows: list[_Row]) -> None:
-        """Chunks of waiting prompts, oldest first, up to the token limit of a step."""
+    def _add_prefill_rows(self, rows: list[_Row], *, at_most: int) -> None:
+        """Chunks of waiting prompts, oldest first, up to a number of tokens."""
         memory = self._memory
         if memory.stalled:
             return
-        tokens_left = self._max_num_batched_tokens - len(rows)
+        tokens_left = at_most
         for request in list(self._population.waiting):
             if tokens_left <= 0 or len(rows) >= self._max_num_seqs or not memory.can_admit(request):
                 break

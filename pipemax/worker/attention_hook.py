@@ -1,7 +1,7 @@
 """The attention hook: the only place where a layer touches KV, so the fences sit there.
 
-Transformers calls `attend` in every decoder layer (registered in its `AttentionInterface`); the step's context reaches it
-as the model keyword `step_context`. In order, for layer l of step k:
+Transformers calls `attend` in every decoder layer (registered in its `AttentionInterface`); the step's context
+reaches it as the model keyword `step_context`. In order, for layer l of step k:
 
     enter(l)    compute waits until the refill of step k-1 has landed in l and its write-home has left
     append      new keys and values into their pages

@@ -35,12 +35,36 @@ def test_table_grows_past_its_first_array():
     assert table.homes.tolist() == [2 * block for block in range(100)]
 
 
+def absent_table(*, num_blocks: int, first_home: int) -> BlockTable:
+    table = BlockTable(block_size=4)
+    for block in range(num_blocks):
+        table.append(slot=50 + block, home=first_home + block)
+        table.home_tokens[block] = 4
+        table.drop(block)
+    return table
+
+
 def test_window_keeps_what_is_there_for_the_same_batch():
-    window = Window([5, 3, 9])
-    assigned, missing = window.assign([(1, 0), (1, 1)])
-    assert sorted(assigned.values()) == [3, 5] and len(missing) == 2
-    again, missing = window.assign([(1, 1), (2, 0)])
-    assert again[(1, 1)] == assigned[(1, 1)] and missing == [(2, 0)]
-    window.forget(1)
-    _, missing = window.assign([(1, 1)])
-    assert missing == [(1, 1)]
+    window = Window(device=BlockPool(3), num_blocks=3)
+    one, two = absent_table(num_blocks=2, first_home=10), absent_table(num_blocks=1, first_home=20)
+    copies = window.assign([one])
+    assert (copies.slots.tolist(), copies.homes.tolist()) == ([0, 1], [10, 11])
+    copies = window.assign([one, two])
+    assert copies.homes.tolist() == [20] and one.placed_slots().tolist() == [0, 1]
+    assert two.placed_slots().tolist() == [2]
+    window.assign([two])
+    assert window.assign([one, two]).homes.tolist() == [10, 11]
+    window.forget(one)
+    assert window.assign([one, two]).homes.tolist() == [10, 11]
+
+
+def test_window_gives_back_only_what_the_staged_step_does_not_use():
+    device = BlockPool(6)
+    window = Window(device=device, num_blocks=4)
+    table = absent_table(num_blocks=2, first_home=10)
+    window.assign([table])
+    window.resize(1)
+    assert (window.num_blocks, device.num_free) == (2, 4)
+    window.resize(9)
+    assert (window.num_blocks, device.num_free) == (6, 0)
+    assert window.assign([table]).homes.tolist() == []

@@ -22,19 +22,16 @@ def expected_token(request_id: int, index: int) -> int:
 
 
 class CheckingExecutor:
-    """Symbolic stages; one result a wait(). `budget_blocks` bounds refills of steps with more than one row.
+    """Symbolic stages; one result a wait().
 
     `endings[request_id]` is the number of outputs after which a stop token comes (unknown to the scheduler).
     """
 
     STOP_TOKEN = 3
 
-    def __init__(
-        self, capacity: Capacity, *, max_plans_per_batch: int, budget_blocks: int, endings: dict[int, int]
-    ) -> None:
+    def __init__(self, capacity: Capacity, *, max_plans_per_batch: int, endings: dict[int, int]) -> None:
         self.capacity = capacity
         self._max_plans_per_batch = max_plans_per_batch
-        self._budget_blocks = budget_blocks
         self._endings = endings
         self._slots: list[list[Cell]] = [[] for _ in range(capacity.num_device_blocks)]
         self._homes: list[list[Cell]] = [[] for _ in range(capacity.num_host_blocks)]
@@ -44,11 +41,16 @@ class CheckingExecutor:
         self._finished: set[int] = set()
         self._queue: deque[StepPlan] = deque()
         self._next_step = 0
-        self._last_refill_blocks = 0
+        self._copies_allowed = True
         self.plans: list[StepPlan] = []
+
+    def refuse_copies(self) -> None:
+        """Without offloading, no plan may move a block."""
+        self._copies_allowed = False
 
     def submit(self, plan: StepPlan) -> None:
         assert plan.step_id == self._next_step
+        assert self._copies_allowed or not (len(plan.write_home) or len(plan.refill))
         self._next_step += 1
         self.plans.append(plan)
         self._queue.append(plan)
@@ -75,8 +77,6 @@ class CheckingExecutor:
             assert new.request_id not in self._prompts, "announced twice"
             self._prompts[new.request_id] = len(new.prompt_token_ids)
             self._outputs[new.request_id] = 0
-        assert self._last_refill_blocks <= self._budget_blocks or plan.num_rows <= 1, "the prefetch budget is passed"
-        self._last_refill_blocks = len(plan.refill)
         ids = plan.request_ids.tolist()
         assert len(set(ids)) == len(ids)
         written: set[int] = set()

@@ -6,18 +6,19 @@ conserved (4), and no deadlock. Nothing here imports torch.
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipemax.kv.prefetch import PrefetchBudget
-from pipemax.plan import Capacity
+from pipemax.config import KVOffload, PhasePolicyName
+from pipemax.control_plane import build_scheduler
+from pipemax.cost.forecast import Forecast
+from pipemax.cost.load import StepLoad
+from pipemax.plan import Capacity, StepPlan, StepResult
 from pipemax.request import FinishReason, SamplingParams
-from pipemax.scheduling.balancer import Balancer
-from pipemax.scheduling.output_length import OutputLengthEstimate
-from pipemax.scheduling.phase import PrefillFirst
 from pipemax.scheduling.request_state import RequestState
 from pipemax.scheduling.scheduler import Scheduler
 from tests.scheduling.checking_executor import CheckingExecutor, expected_token
@@ -35,7 +36,8 @@ def jobs(draw):
         )
     )
     longest = max(-(-(prompt + outputs) // BLOCK) for prompt, outputs, _ in requests)
-    window = draw(st.integers(0, 8))
+    offload = draw(st.sampled_from([KVOffload.ON, KVOffload.ON, KVOffload.OFF]))
+    window = draw(st.integers(0, 8)) if offload is KVOffload.ON else 0
     device = max(longest, window + 1) + draw(st.integers(0, 12))
     host = longest + draw(st.integers(0, 30))
     return {
@@ -48,10 +50,35 @@ def jobs(draw):
         "max_num_seqs": draw(st.integers(1, 8)),
         "max_tokens_a_step": draw(st.integers(1, 40)),
         "max_plans": draw(st.integers(1, 2)),
-        "budget": draw(st.integers(1, 12)),
+        "budgets": draw(st.lists(st.integers(1, 14), min_size=1, max_size=5)),
+        "free_tokens": draw(st.integers(1, 30)),
+        "offload": offload,
+        "phase": draw(st.sampled_from(PhasePolicyName)),
         "arrivals": draw(st.integers(1, 14)),
         "aborts": draw(st.lists(st.integers(0, 13), max_size=2)),
     }
+
+
+class ErraticForecast(Forecast):
+    """Nothing is predictable: the link's budget changes from step to step, all steps take a second."""
+
+    def __init__(self, budgets: list[int], free_tokens: int) -> None:
+        self._budgets = itertools.cycle(budgets)
+        self.free_tokens = free_tokens
+        self.budget_blocks = 0
+
+    def step_seconds(self, load: StepLoad) -> float:
+        return 1.0 if load.num_tokens else 0.0
+
+    def refill_blocks(self, step_seconds: float) -> int:
+        self.budget_blocks = next(self._budgets)
+        return self.budget_blocks
+
+    def submitted(self, plan: StepPlan) -> None:
+        pass
+
+    def finished(self, result: StepResult) -> None:
+        pass
 
 
 def run(job) -> tuple[Scheduler, CheckingExecutor, dict[int, list[int]]]:
@@ -64,25 +91,19 @@ def run(job) -> tuple[Scheduler, CheckingExecutor, dict[int, list[int]]]:
         block_bytes=1,
     )
     endings = {i: end for i, (_, _, end) in enumerate(job["requests"]) if end is not None}
-    budget_blocks = max(job["budget"], job["window"])
-    executor = CheckingExecutor(
-        capacity, max_plans_per_batch=job["max_plans"], budget_blocks=budget_blocks, endings=endings
-    )
-    scheduler = Scheduler(
+    executor = CheckingExecutor(capacity, max_plans_per_batch=job["max_plans"], endings=endings)
+    scheduler = build_scheduler(
         capacity=capacity,
         num_batches=job["num_batches"],
         max_num_seqs=job["max_num_seqs"],
         max_num_batched_tokens=job["max_tokens_a_step"],
-        max_plans_per_batch=job["max_plans"],
-        phase_policy=PrefillFirst(),
-        balancer=Balancer(
-            num_batches=job["num_batches"],
-            max_rows=job["max_num_seqs"],
-            live_blocks=job["device"] + (job["num_batches"] - 1) * job["window"],
-        ),
-        prefetch_budget=PrefetchBudget(blocks_per_step=budget_blocks),
-        output_length=OutputLengthEstimate(prior_tokens=8),
+        async_scheduling=job["max_plans"] == 2,
+        phase_policy=job["phase"],
+        kv_offload=job["offload"],
+        forecast=ErraticForecast(job["budgets"], job["free_tokens"]),
     )
+    if job["offload"] is KVOffload.OFF:
+        executor.refuse_copies()
     outputs: dict[int, list[int]] = {}
     finished: dict[int, FinishReason] = {}
     coming = list(enumerate(job["requests"]))
