@@ -1,0 +1,132 @@
+"""Registered memory, block copies by either method, and the order of copies and compute, against a plain oracle."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from pipemax.config import ConfigError
+from pipemax.worker.block_copy import MAX_PIECES_PER_CALL, BatchCopier, CopyMethod, LoopCopier
+from pipemax.worker.cuda_device import CudaDevice
+from pipemax.worker.device import BlockRuns
+from pipemax.worker.host_memory import HostMemory
+from pipemax.worker.transfer import TransferEngine
+from tests.executor.plans import Row, make_plan
+
+MIB = 1024**2
+
+
+def test_host_memory_is_registered_until_closed(device):
+    memory = HostMemory(33 * MIB + 4096)
+    assert memory.tensor.is_pinned() and not memory.tensor.any()
+    on_device = torch.randint(0, 255, memory.tensor.shape, dtype=torch.uint8, device=device)
+    memory.tensor.copy_(on_device, non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(memory.tensor, on_device.cpu())
+    tensor = memory.tensor
+    memory.close()
+    memory.close()
+    assert not tensor.is_pinned()
+
+
+def test_too_much_host_memory_is_refused_before_it_is_touched(device):
+    with pytest.raises(ConfigError, match="lower host_memory_gib"):
+        HostMemory(1 << 50)
+
+
+@pytest.mark.parametrize("copier_class", [BatchCopier, LoopCopier])
+@pytest.mark.parametrize("num_blocks", [1, 300, 3 * MAX_PIECES_PER_CALL])
+def test_copiers_move_blocks_both_ways(device, copier_class, num_blocks):
+    rng = np.random.default_rng(num_blocks)
+    pool_blocks = 4 * num_blocks
+    memory = HostMemory(pool_blocks * 512)
+    home = memory.tensor.view(torch.int64).view(pool_blocks, 2, 32)
+    home.copy_(torch.arange(home.numel()).view_as(home))
+    pool = torch.zeros(pool_blocks, 2, 32, dtype=torch.int64, device=device)
+    slots = rng.permutation(pool_blocks)[:num_blocks].astype(np.int32)
+    homes = rng.permutation(pool_blocks)[:num_blocks].astype(np.int32)
+    copier, stream = copier_class(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    copier.copy(stream, pool, home, BlockRuns.merge(slots, homes))
+    stream.synchronize()
+    expected = torch.zeros(pool.shape, dtype=torch.int64)
+    expected[torch.from_numpy(slots).long()] = home[torch.from_numpy(homes).long()]
+    assert torch.equal(pool.cpu(), expected)
+    others = np.setdiff1d(np.arange(pool_blocks), homes)[:num_blocks].astype(np.int32)
+    copier.copy(stream, home, pool, BlockRuns.merge(others, slots))
+    stream.synchronize()
+    assert torch.equal(home[torch.from_numpy(others).long()], expected[torch.from_numpy(slots).long()])
+    memory.close()
+
+
+LAYERS = range(3)
+NUM_SLOTS, NUM_HOMES = 24, 40
+BLOCK = (2, 16, 8, 128)  # 128 KiB of int32
+
+
+class Pools:
+    def __init__(self, device: CudaDevice) -> None:
+        self.slots = {i: torch.zeros(NUM_SLOTS, *BLOCK, dtype=torch.int32, device="cuda") for i in LAYERS}
+        block_bytes = int(np.prod(BLOCK)) * 4
+        self.homes = {
+            i: device.allocate_home(NUM_HOMES * block_bytes).view(torch.int32).view(NUM_HOMES, *BLOCK) for i in LAYERS
+        }
+
+    def device_pool(self, layer):
+        return self.slots[layer]
+
+    def home_pool(self, layer):
+        return self.homes[layer]
+
+
+@pytest.mark.parametrize("method", [CopyMethod.BATCH, CopyMethod.LOOP])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_thousands_of_random_steps_leave_what_one_after_the_other_would(device, method, seed):
+    """Compute of random length writes and reads slots between copies; a block is one number, so sums tell all."""
+    draw = random.Random(seed)
+    cuda = CudaDevice(0, copy_method=method)
+    pools = Pools(cuda)
+    engine = TransferEngine(device=cuda, pools=pools, layers=LAYERS)
+    slots = {layer: np.zeros(NUM_SLOTS, np.int64) for layer in LAYERS}
+    homes = {layer: np.zeros(NUM_HOMES, np.int64) for layer in LAYERS}
+    seen, expected = [], []
+    num_steps = 2000
+    for step in range(num_steps):
+        order, places = draw.sample(range(NUM_SLOTS), NUM_SLOTS), draw.sample(range(NUM_HOMES), NUM_HOMES)
+        num_home, num_refill = draw.randint(0, 8), draw.randint(0, 8)
+        plan = make_plan(
+            step,
+            [Row(0, 0, 1, [0])] if draw.random() < 0.8 else [],
+            write_home=list(zip(order[:num_home], places[:num_home], strict=True)),
+            refill=list(zip(order[8 : 8 + num_refill], places[8 : 8 + num_refill], strict=True)),
+        )
+        written = draw.sample(range(NUM_SLOTS), 3)
+        engine.begin_step(plan)
+        for layer in LAYERS if plan.num_rows else ():
+            engine.enter(layer)
+            pool = pools.slots[layer]
+            seen.append(pool[:, 0, 0, 0, ::127].to(torch.int64))  # first and last number of every block
+            expected.append(slots[layer].copy())
+            torch.cuda._sleep(draw.choice([0, 0, 20_000, 200_000]))
+            value = step * len(LAYERS) + layer + 1
+            for slot in written:
+                pool[slot].fill_(value)
+            slots[layer][written] = value
+            engine.leave(layer)
+        for layer in LAYERS:
+            homes[layer][plan.write_home.homes] = slots[layer][plan.write_home.slots]
+            slots[layer][plan.refill.slots] = homes[layer][plan.refill.homes]
+        engine.finish_step()
+    engine.drain()
+    torch.cuda.synchronize()
+    assert np.array_equal(torch.stack(seen).cpu().numpy(), np.stack(expected)[:, :, None].repeat(2, axis=2))
+    for layer in LAYERS:
+        wanted = torch.from_numpy(slots[layer]).to(torch.int32)[:, None].expand(-1, int(np.prod(BLOCK)))
+        assert torch.equal(pools.slots[layer].cpu().flatten(1), wanted)
+        wanted = torch.from_numpy(homes[layer]).to(torch.int32)[:, None].expand(-1, int(np.prod(BLOCK)))
+        assert torch.equal(pools.homes[layer].flatten(1), wanted)
+    engine.close()
+    cuda.close()

@@ -1,0 +1,108 @@
+"""Whole pipelines on one GPU: the CPU's tokens in float32; the same tokens with any memory and any fast path."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipemax import LLM, SamplingParams
+from tests.cuda.test_layers import CONFIGS
+from tests.test_exactness import BLOCK_SIZE, LONGEST_BLOCKS, MEMORY, NUM_TOKENS, family, prompts  # noqa: F401
+from tests.worker.families import random_model
+
+
+def start(folder, *, num_stages: int = 1, **settings) -> LLM:
+    defaults = {
+        "device": "cuda",
+        "num_batches": max(2, num_stages),
+        "stage_devices": (0,) * num_stages,
+        "block_size": BLOCK_SIZE,
+        "host_memory_gib": 0.2,
+        "skip_tokenizer_init": True,
+        "threads_per_stage": 1,
+    }
+    return LLM(folder, pipeline_parallel_size=num_stages, **{**defaults, **settings})
+
+
+@pytest.mark.parametrize(("num_stages", "memory"), [(1, "roomy"), (1, "tight"), (2, "tight")])
+def test_tokens_equal_the_cpus_in_float32(family, prompts, num_stages, memory):  # noqa: F811
+    folder, expected = family
+    settings = {
+        "dtype": "float32",
+        "max_model_len": LONGEST_BLOCKS * BLOCK_SIZE,
+        "max_num_batched_tokens": 24,
+        "attention_backend": "reference",
+        "fused_layers": num_stages == 1,
+        "max_num_seqs": 16,
+        **MEMORY[memory],
+    }
+    with start(folder, num_stages=num_stages, **settings) as llm:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True))
+        stats = llm.stats()
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+    assert (stats.blocks_refilled > 0) == (memory == "tight")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    random_model(CONFIGS["llama"]).save_pretrained(folder)
+    return folder
+
+
+def random_prompts(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(11)
+    return [rng.integers(3, 128, rng.integers(1, 90)).tolist() for _ in range(count)]
+
+
+def random_params(count: int) -> list[SamplingParams]:
+    rng = np.random.default_rng(12)
+    return [
+        SamplingParams(temperature=float(i % 3 == 0), seed=i, max_tokens=int(rng.integers(1, 100)), ignore_eos=True)
+        for i in range(count)
+    ]
+
+
+def test_a_long_random_run_gives_the_same_tokens_with_the_smallest_memory(model):
+    """Thousands of steps in which nearly every block travels: a block that came late, or went too soon, shows."""
+    count = 240
+    prompts, params = random_prompts(count), random_params(count)  # noqa: F811
+    common = {"dtype": "float32", "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 192}
+    longest = 192 // 8
+    results = []
+    for blocks, window in ((8192, 0), (longest + 2, longest - 2), (2 * longest, longest)):
+        memory = {"num_device_blocks": blocks, "num_window_blocks": window, "block_size": 8}
+        with start(model, **common, **memory) as llm:
+            results.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+            stats = llm.stats()
+    assert results[1] == results[0] and results[2] == results[0]
+    assert stats.steps > 500 and stats.blocks_refilled > 1000
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_two_stages_on_one_gpu_and_sampled_tokens_that_travel(model, async_scheduling):
+    count = 40
+    prompts, params = random_prompts(count), random_params(count)  # noqa: F811
+    common = {"dtype": "float32", "max_model_len": 192, "max_num_seqs": 8, "num_device_blocks": 200}
+    results = []
+    for num_stages in (1, 2):
+        with start(model, num_stages=num_stages, async_scheduling=async_scheduling, **common) as llm:
+            results.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+    assert results[0] == results[1]
+
+
+def test_logprobs_and_failed_rows_come_back_late_and_right(model):
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True)
+    prompts = random_prompts(5)  # noqa: F811
+    results = []
+    for device in ("cpu", "cuda"):
+        with LLM(model, device=device, dtype="float32", skip_tokenizer_init=True, host_memory_gib=0.1) as llm:
+            results.append([output.outputs[0] for output in llm.generate(prompts, params)])
+    for cpu, cuda in zip(*results, strict=True):
+        assert cpu.token_ids == cuda.token_ids
+        for ours, theirs in zip(cuda.logprobs, cpu.logprobs, strict=True):
+            assert set(ours) == set(theirs)
+            for token_id, entry in ours.items():
+                assert entry.logprob == pytest.approx(theirs[token_id].logprob, abs=1e-3)
+    assert torch.cuda.is_available()
