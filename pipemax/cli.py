@@ -25,6 +25,7 @@ import typer
 
 from pipemax.config import ConfigError
 from pipemax.engine_flags import with_engine_flags
+from pipemax.planning.command import add_plan_command
 
 
 class ExitCode(enum.IntEnum):
@@ -222,3 +223,6 @@ def doctor(
             found = show_findings(findings, sys.stdout)
         if any(finding.severity is Severity.BLOCKS for finding in found):
             raise typer.Exit(1)
+
+
+add_plan_command(app, errors_told=_errors_told)
