@@ -39,6 +39,8 @@ from pipemax.worker.upload import upload
 
 # More than any sensible number of plans in flight: the oldest have long arrived, waiting for them costs nothing.
 _MAX_AWAITED_TOKEN_MESSAGES = 64
+# Fences and calls for copies fall to a quarter, and a refill starts at most three layers later.
+_GPU_LAYERS_PER_COPY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,13 @@ class StageWorker:
         self._block_size = block_size
         self._backend = backend
         self._links = links
-        self._transfers = TransferEngine(device=device, pools=pools, layers=stage.layers)
+        on_gpu = device.torch_device.type == "cuda"
+        self._transfers = TransferEngine(
+            device=device,
+            pools=pools,
+            layers=stage.layers,
+            layers_per_copy=_GPU_LAYERS_PER_COPY if on_gpu else 1,
+        )
         self._context = StepContext(backend, pools, self._transfers)
         self._sampler = Sampler(vocab_size=model.spec.vocab_size, device=device.torch_device) if stage.is_last else None
         self._tokens = _token_store(device.torch_device) if stage.is_first else None

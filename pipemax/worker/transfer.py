@@ -12,6 +12,9 @@ These are the orders of `plan.py` and no more: compute -> home -> next compute, 
 home -> next refill. In a COPY step nothing computes, so the streams wait for each other where compute would have
 waited, and the caller goes on.
 
+A few layers may share their copies (`layers_per_copy`): every fence then stands before the first or after the last of
+them. On a GPU a fence and a call of the driver cost the issuing thread microseconds each, a layer of decode not many.
+
 Never here: which blocks to move (the control plane says), how bytes are moved (`device.py`), attention.
 """
 
@@ -59,7 +62,14 @@ class TransferEngine:
     A step is begin_step, then enter and leave of every layer in order, then finish_step; copies go on after it.
     """
 
-    def __init__(self, *, device: Device, pools: KVPools, layers: range) -> None:
+    def __init__(self, *, device: Device, pools: KVPools, layers: range, layers_per_copy: int = 1) -> None:
+        assert layers_per_copy >= 1
+        # Events are kept under the first layer of those that share their copies.
+        self._sharing = [
+            range(first, min(first + layers_per_copy, layers.stop))
+            for first in range(layers.start, layers.stop, layers_per_copy)
+        ]
+        self._sharing_of_layer = {layer: sharing for sharing in self._sharing for layer in sharing}
         self._device = device
         self._pools = pools
         self._layers = layers
@@ -88,6 +98,7 @@ class TransferEngine:
     def enter(self, layer: int) -> None:
         """Compute may use the layer's slots after this. Raises CopyError when a copy has failed."""
         assert layer == self._next_layer
+        # Only the first of the layers that share their copies is found here.
         if layer in self._home_done or layer in self._refill_done:
             self._wait_clock.start()
             self._compute_waits_for_home(layer)
@@ -98,20 +109,21 @@ class TransferEngine:
         """Compute is done with the layer's slots: its copies may start."""
         assert layer == self._next_layer
         self._next_layer = layer + 1
-        if self._home_runs is None and self._refill_runs is None:
+        sharing = self._sharing_of_layer[layer]
+        if layer != sharing[-1] or (self._home_runs is None and self._refill_runs is None):
             return
         self._copies_wait_for_compute()
-        self._refill_waits_for_home(layer)
-        self._copy(layer)
+        self._refill_waits_for_home(sharing.start)
+        self._copy(sharing)
 
     def finish_step(self) -> StepTransfers:
         """Ends the step; a step without rows issues its copies here. Does not wait for copies."""
         if self._next_layer == self._layers.start:
             self._copies_wait_for_compute()
-            for layer in self._layers:
-                self._home_waits_for_refill(layer)
-                self._refill_waits_for_home(layer)
-                self._copy(layer)
+            for sharing in self._sharing:
+                self._home_waits_for_refill(sharing.start)
+                self._refill_waits_for_home(sharing.start)
+                self._copy(sharing)
             self._next_layer = self._layers.stop
         assert self._next_layer == self._layers.stop, "a layer was not left"
         refilled = len(self._refill_runs) if self._refill_runs else 0
@@ -142,8 +154,10 @@ class TransferEngine:
 
     def _copies_wait_for_compute(self) -> None:
         computed = self._device.record_compute()
-        self._home_stream.wait(computed)
-        self._refill_stream.wait(computed)
+        if self._home_runs is not None:
+            self._home_stream.wait(computed)
+        if self._refill_runs is not None:
+            self._refill_stream.wait(computed)
 
     def _refill_waits_for_home(self, layer: int) -> None:
         # Of the steps before: this step's is not queued yet. After enter, compute has waited for it already.
@@ -155,15 +169,16 @@ class TransferEngine:
         if (event := self._refill_done.get(layer)) is not None:
             self._home_stream.wait(event)
 
-    def _copy(self, layer: int) -> None:
+    def _copy(self, sharing: range) -> None:
+        pools = self._pools
         if self._refill_runs is not None:
-            self._refill_stream.copy_blocks(
-                self._pools.device_pool(layer), self._pools.home_pool(layer), self._refill_runs
-            )
-            self._refill_done[layer] = self._refill_stream.record()
+            for layer in sharing:
+                self._refill_stream.copy_blocks(pools.device_pool(layer), pools.home_pool(layer), self._refill_runs)
+            self._refill_done[sharing.start] = self._refill_stream.record()
         if self._home_runs is not None:
-            self._home_stream.copy_blocks(self._pools.home_pool(layer), self._pools.device_pool(layer), self._home_runs)
-            self._home_done[layer] = self._home_stream.record()
+            for layer in sharing:
+                self._home_stream.copy_blocks(pools.home_pool(layer), pools.device_pool(layer), self._home_runs)
+            self._home_done[sharing.start] = self._home_stream.record()
 
     def _check(self, plan: StepPlan) -> None:
         first = self._layers.start

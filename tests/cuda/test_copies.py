@@ -89,7 +89,7 @@ def test_thousands_of_random_steps_leave_what_one_after_the_other_would(device, 
     draw = random.Random(seed)
     cuda = CudaDevice(0, copy_method=method)
     pools = Pools(cuda)
-    engine = TransferEngine(device=cuda, pools=pools, layers=LAYERS)
+    engine = TransferEngine(device=cuda, pools=pools, layers=LAYERS, layers_per_copy=1 + seed)
     slots = {layer: np.zeros(NUM_SLOTS, np.int64) for layer in LAYERS}
     homes = {layer: np.zeros(NUM_HOMES, np.int64) for layer in LAYERS}
     seen, expected = [], []
