@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipemax.cost.load import StepLoad
 from pipemax.executor.base import Executor
 from pipemax.observer import EngineGauges, EngineObserver
 from pipemax.plan import StepPlan, StepResult, TokenLogprobs
@@ -76,6 +77,7 @@ class Engine:
             resident_blocks=kv.device.num_held - kv.window.num_blocks,
             window_blocks=kv.window.num_blocks,
             home_blocks=kv.host.num_held,
+            expected_seconds=self.scheduler.forecast.step_seconds(StepLoad.of_plan(plan)) if plan.num_rows else 0.0,
         )
         now_seconds = self.executor.now()
         for observer in self._observers:

@@ -28,6 +28,7 @@ from pipemax.executor.process import ProcessExecutor
 from pipemax.executor.sizing import GIB, free_host_bytes
 from pipemax.local_hardware import local_server
 from pipemax.model_spec import ModelSpec
+from pipemax.observer import EngineObserver
 from pipemax.output_processor import OutputProcessor
 from pipemax.plan import Capacity, Phase
 from pipemax.request import FinishReason, GenerationError, RequestError, RequestOutput, SamplingParams
@@ -235,6 +236,15 @@ class LLM:
     @property
     def seed(self) -> int:
         return self._seed
+
+    @property
+    def capacity(self) -> Capacity:
+        """KV blocks of this engine, by place."""
+        return self._executor.capacity
+
+    def observe(self, observer: EngineObserver) -> None:
+        """From now on `observer` is told of every plan and result."""
+        self._engine.observe(observer)
 
     def shutdown(self) -> None:
         """Ends the stages. Idempotent."""

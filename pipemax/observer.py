@@ -18,12 +18,13 @@ from pipemax.scheduling.request_state import RequestUpdate
 
 @dataclass(frozen=True, slots=True)
 class EngineGauges:
-    """How full things are once a plan has been made. Blocks are KV blocks over all layers of a stage.
+    """How things are once a plan has been made. Blocks are KV blocks over all layers of a stage.
 
     num_waiting, num_ready, num_running   requests before prefill; with KV and without a batch; in a batch
     resident_blocks                       device slots outside the window that are taken
     window_blocks                         device slots that are the window now
     home_blocks                           home blocks that are taken: every live block has one
+    expected_seconds                      compute time that the plan is expected to need on the slowest stage
     """
 
     num_waiting: int
@@ -32,6 +33,7 @@ class EngineGauges:
     resident_blocks: int
     window_blocks: int
     home_blocks: int
+    expected_seconds: float = 0.0
 
     @property
     def travelling_blocks(self) -> int:

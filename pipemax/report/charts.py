@@ -182,18 +182,17 @@ def stage_chart(run: RunSnapshot) -> str | None:
 
 
 def prediction_chart(run: RunSnapshot) -> str | None:
-    """Predicted against measured step times of stages, for steps that are there in full."""
-    steps = [step for step in (*run.head, *run.tail) if step.stages and step.stages[0].predicted_seconds is not None]
+    """Expected against measured compute time of the slowest stage, for steps that are there in full."""
+    steps = [step for step in (*run.head, *run.tail) if step.stages and step.gauges.expected_seconds]
     if not steps:
         return None
-    steps = steps[:: max(1, len(steps) // 400)]
+    steps = steps[:: max(1, len(steps) // 800)]
     figure, (axes,) = _figure(rows=1, height_inches=3.4)
     for phase in (Phase.DECODE, Phase.PREFILL, Phase.MIXED):
-        spans = [span for step in steps if step.phase is phase for span in step.stages]
-        pairs = [(span.predicted_seconds, span.compute_seconds) for span in spans if span.predicted_seconds]
+        pairs = [(s.gauges.expected_seconds, s.slowest_compute_seconds) for s in steps if s.phase is phase]
         if pairs:
             axes.scatter(
-                [1e3 * predicted for predicted, _ in pairs],
+                [1e3 * expected for expected, _ in pairs],
                 [1e3 * measured for _, measured in pairs],
                 s=7,
                 alpha=0.5,
@@ -204,7 +203,7 @@ def prediction_chart(run: RunSnapshot) -> str | None:
     axes.axline((0, 0), slope=1, color=marker("text"), linewidth=1, linestyle="--", label="equal")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("predicted compute, ms")
+    axes.set_xlabel("expected compute, ms")
     axes.set_ylabel("measured compute, ms")
     _legend(axes)
     return _svg(figure, "prediction")

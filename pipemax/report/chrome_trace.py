@@ -48,13 +48,14 @@ def write_chrome_trace(path: Path, run: RunSnapshot, *, manifest: Mapping[str, A
 def trace_events(run: RunSnapshot) -> Iterator[_Event]:
     """Events in the trace format's own terms: times in microseconds, `ph` X complete, C counter, s and f flow."""
     yield from _names(run.capacity.num_stages)
+    arrow_ids = itertools.count()
     for part in (run.head, run.tail):
         yield from _phases(part)
         for step in part:
             yield from _counters(step)
             for stage, span in enumerate(step.stages):
                 yield from _stage_events(step, stage, span)
-            yield from _arrows(step)
+            yield from _arrows(step, arrow_ids)
 
 
 def _names(num_stages: int) -> Iterator[_Event]:
@@ -112,8 +113,8 @@ def _stage_events(step: StepRecord, stage: int, span: StageSpan) -> Iterator[_Ev
             "KV tokens": step.kv_tokens,
             "window wait (us)": _microseconds(span.window_wait_seconds),
         }
-        if span.predicted_seconds is not None:
-            arguments["predicted (us)"] = _microseconds(span.predicted_seconds)
+        if step.gauges.expected_seconds:
+            arguments["expected on the slowest stage (us)"] = _microseconds(step.gauges.expected_seconds)
         yield _slice(
             f"{step.phase} b{step.batch_id}",
             process,
@@ -144,12 +145,12 @@ def _stage_events(step: StepRecord, stage: int, span: StageSpan) -> Iterator[_Ev
             )
 
 
-def _arrows(step: StepRecord) -> Iterator[_Event]:
+def _arrows(step: StepRecord, ids: Iterator[int]) -> Iterator[_Event]:
     """From a step's end on a stage to its start on the next."""
     if not step.num_rows:
         return
     for stage, (here, there) in enumerate(itertools.pairwise(step.stages)):
-        common = {"name": "activations", "cat": "activations", "id": step.step_id * len(step.stages) + stage}
+        common = {"name": "activations", "cat": "activations", "id": next(ids)}
         yield {
             "ph": "s",
             **common,

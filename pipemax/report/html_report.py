@@ -62,13 +62,13 @@ class _StageShares:
 
 @dataclass(frozen=True, slots=True)
 class _PhaseRow:
-    """One phase in numbers; `prediction` is the median of measured by predicted step times, None without one."""
+    """One phase in numbers; `measured_to_expected` is the median over its steps."""
 
     phase: str
     steps: int
     mean_rows: float
     median_step_seconds: float | None
-    prediction: float | None
+    measured_to_expected: float | None
 
 
 def write_html_report(
@@ -129,14 +129,16 @@ def _shares(run: RunSnapshot, stage: int) -> _StageShares:
 
 
 def _phase_row(run: RunSnapshot, phase: Phase) -> _PhaseRow:
-    spans = [span for step in (*run.head, *run.tail) if step.phase is phase for span in step.stages]
-    ratios = [span.compute_seconds / span.predicted_seconds for span in spans if span.predicted_seconds]
+    steps = [step for step in (*run.head, *run.tail) if step.phase is phase and step.stages]
+    spans = [span for step in steps for span in step.stages]
+    expected = [step for step in steps if step.gauges.expected_seconds]
+    ratios = [step.slowest_compute_seconds / step.gauges.expected_seconds for step in expected]
     return _PhaseRow(
         phase=str(phase),
         steps=run.totals.steps[phase],
         mean_rows=run.totals.rows[phase] / run.totals.steps[phase],
         median_step_seconds=median(span.duration_seconds for span in spans) if spans else None,
-        prediction=median(ratios) if ratios else None,
+        measured_to_expected=median(ratios) if ratios else None,
     )
 
 
@@ -194,9 +196,9 @@ def _charts(run: RunSnapshot) -> Iterator[_Chart]:
         ("link", "Use of the host link", charts.link_chart, "Mean of the stages."),
         (
             "prediction",
-            "Step times, predicted and measured",
+            "Step times, expected and measured",
             charts.prediction_chart,
-            "One point a step and stage; above the line, steps took longer than predicted.",
+            "A point is a step on its slowest stage; above the line it took longer than the scheduler had expected.",
         ),
     )
     for name, title, draw, note in drawn:

@@ -15,8 +15,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipemax.cost.load import StageShape, StepLoad
-from pipemax.cost.model import CostModel
 from pipemax.observer import EngineGauges
 from pipemax.plan import Capacity, Phase, StepPlan, StepResult
 from pipemax.report.interval import Interval, IntervalSeries, StageUse
@@ -27,14 +25,6 @@ _HEAD_STEPS = 1000
 _TAIL_STEPS = 4000
 _MAX_INTERVALS = 480
 _FIRST_WIDTH_SECONDS = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What to hold steps against: a cost model and the layers of each stage, in stage order."""
-
-    cost: CostModel
-    stages: tuple[StageShape, ...]
 
 
 @dataclass(slots=True)
@@ -103,16 +93,16 @@ class _Submitted:
     home_blocks: int
     submitted_seconds: float
     gauges: EngineGauges
-    predicted_seconds: tuple[float, ...] | None
 
 
 class StepRecorder:
-    """Implements `EngineObserver`. `capacity` is the executor's; `prediction` adds a predicted time to each step."""
+    """Implements `EngineObserver`. `capacity` is the executor's.
 
-    def __init__(self, *, capacity: Capacity, prediction: Prediction | None = None) -> None:
-        assert prediction is None or len(prediction.stages) == capacity.num_stages
+    Engines may follow one another, on the same clock: tell it by `engine_replaced`.
+    """
+
+    def __init__(self, *, capacity: Capacity) -> None:
         self._capacity = capacity
-        self._prediction = prediction
         self._lock = threading.Lock()
         self._start_seconds: float | None = None
         self._last_seconds = 0.0
@@ -144,7 +134,6 @@ class StepRecorder:
                 home_blocks=len(plan.write_home),
                 submitted_seconds=seconds,
                 gauges=gauges,
-                predicted_seconds=self._predict(plan),
             )
 
     def on_result(self, result: StepResult, updates: Sequence[RequestUpdate]) -> None:
@@ -167,7 +156,7 @@ class StepRecorder:
                 submitted_seconds=step.submitted_seconds,
                 finished_seconds=self._see(result.finished_seconds),
                 gauges=step.gauges,
-                stages=tuple(self._spans(result, step)),
+                stages=tuple(self._spans(result)),
             )
             self._phase = record.phase
             self._add_sums(record, prefill_tokens=step.prefill_tokens)
@@ -177,6 +166,11 @@ class StepRecorder:
                 self._head.append(record)
             else:
                 self._tail.append(record)
+
+    def engine_replaced(self) -> None:
+        """The engine is gone and another one is told of from now on: its steps are counted anew."""
+        with self._lock:
+            self._submitted.clear()
 
     # -- asked by others -----------------------------------------------------------------------------------------------
 
@@ -231,13 +225,7 @@ class StepRecorder:
         self._last_seconds = max(self._last_seconds, seconds)
         return seconds
 
-    def _predict(self, plan: StepPlan) -> tuple[float, ...] | None:
-        if self._prediction is None or not plan.num_rows:
-            return None
-        load = StepLoad.of_plan(plan)
-        return tuple(self._prediction.cost.step_seconds(load, stage) for stage in self._prediction.stages)
-
-    def _spans(self, result: StepResult, step: _Submitted) -> list[StageSpan]:
+    def _spans(self, result: StepResult) -> list[StageSpan]:
         assert self._start_seconds is not None
         return [
             StageSpan(
@@ -247,9 +235,8 @@ class StepRecorder:
                 activation_wait_seconds=timing.activation_wait_seconds,
                 refill_bytes=timing.refill_bytes,
                 home_bytes=timing.home_bytes,
-                predicted_seconds=None if step.predicted_seconds is None else step.predicted_seconds[stage],
             )
-            for stage, timing in enumerate(result.timings)
+            for timing in result.timings
         ]
 
     def _add_sums(self, record: StepRecord, *, prefill_tokens: int) -> None:

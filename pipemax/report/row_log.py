@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 _MAX_SLOWEST = 20
 _MAX_ERRORS = 20
 _MAX_MESSAGE_CHARACTERS = 300
+_MAX_ID_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,21 +79,34 @@ class RowLog:
         self.prompt_lengths.add(prompt_tokens)
         self.output_lengths.add(output_tokens)
         seconds = now_seconds - self._started.pop(custom_id)
-        row = SlowRow(seconds, custom_id, prompt_tokens, output_tokens, finish_reason)
+        row = SlowRow(seconds, _printable(custom_id, _MAX_ID_CHARACTERS), prompt_tokens, output_tokens, finish_reason)
         if len(self._slowest) < _MAX_SLOWEST:
             heapq.heappush(self._slowest, row)
         else:
             heapq.heappushpop(self._slowest, row)
 
-    def failed(self, custom_id: str | None, *, code: str, message: str) -> None:
-        """The row ends as an error, started or not."""
-        if custom_id is not None:
-            self._started.pop(custom_id, None)
+    def failed(self, custom_id: str, *, code: str, message: str) -> None:
+        """A row that was started ends as an error."""
+        del self._started[custom_id]
+        self._note(custom_id, code, message)
+
+    def refused(self, custom_id: str | None, *, code: str, message: str) -> None:
+        """A line never became a row of the engine. Its `custom_id` may be another row's, or None."""
+        self._note(custom_id, code, message)
+
+    def _note(self, custom_id: str | None, code: str, message: str) -> None:
         self.errors_by_code[code] += 1
         if len(self.errors) < _MAX_ERRORS:
-            self.errors.append(RowFailure(custom_id, code, message[:_MAX_MESSAGE_CHARACTERS]))
+            shown_id = None if custom_id is None else _printable(custom_id, _MAX_ID_CHARACTERS)
+            self.errors.append(RowFailure(shown_id, code, _printable(message, _MAX_MESSAGE_CHARACTERS)))
 
     @property
     def slowest(self) -> list[SlowRow]:
         """The slowest answered rows, slowest first."""
         return sorted(self._slowest, reverse=True)
+
+
+def _printable(text: str, max_characters: int) -> str:
+    """The text's beginning; halves of surrogate pairs, which JSON allows and UTF-8 does not, as escapes."""
+    cut = text if len(text) <= max_characters else text[:max_characters] + "..."
+    return cut.encode("utf-8", "backslashreplace").decode()

@@ -22,7 +22,6 @@ class StageSpan:
     activation_wait_seconds: float
     refill_bytes: int
     home_bytes: int
-    predicted_seconds: float | None
 
     @property
     def duration_seconds(self) -> float:
@@ -50,3 +49,8 @@ class StepRecord:
     finished_seconds: float
     gauges: EngineGauges
     stages: tuple[StageSpan, ...]
+
+    @property
+    def slowest_compute_seconds(self) -> float:
+        """Of the stage that computed longest: what `gauges.expected_seconds` tried to foresee."""
+        return max((span.compute_seconds for span in self.stages), default=0.0)

@@ -134,6 +134,11 @@ class Scheduler:
         return self._memory
 
     @property
+    def forecast(self) -> Forecast:
+        """What steps are expected to take: to be asked, not told."""
+        return self._forecast
+
+    @property
     def num_plans_in_flight(self) -> int:
         return self._plans_in_flight
 

@@ -6,17 +6,16 @@ import functools
 
 import numpy as np
 
+from pipemax.config import KVOffload, PhasePolicyName
+from pipemax.control_plane import build_scheduler
+from pipemax.cost.forecast import Forecast
 from pipemax.cost.hardware import HostLink, StageLink
 from pipemax.cost.load import StageShape, StepLoad, even_stages
 from pipemax.engine import Engine
 from pipemax.executor.simulator import SimExecutor
-from pipemax.kv.prefetch import PrefetchBudget
-from pipemax.plan import Capacity
-from pipemax.report.recorder import Prediction, RunSnapshot, StepRecorder
+from pipemax.plan import Capacity, StepPlan, StepResult
+from pipemax.report.recorder import RunSnapshot, StepRecorder
 from pipemax.request import SamplingParams
-from pipemax.scheduling.balancer import Balancer
-from pipemax.scheduling.output_length import OutputLengthEstimate
-from pipemax.scheduling.phase import PrefillFirst
 from pipemax.scheduling.request_state import RequestState
 from pipemax.scheduling.scheduler import Scheduler
 
@@ -55,17 +54,35 @@ def executor() -> SimExecutor:
     )
 
 
+class ExpectsLess(Forecast):
+    """Expects 90 % of what steps take and a link that brings up a window's worth; learns nothing."""
+
+    def __init__(self) -> None:
+        self.free_tokens = 0
+
+    def step_seconds(self, load: StepLoad) -> float:
+        return StepSeconds(0.9).step_seconds(load, STAGES[0])
+
+    def refill_blocks(self, step_seconds: float) -> int:
+        return CAPACITY.num_window_blocks
+
+    def submitted(self, plan: StepPlan) -> None:
+        pass
+
+    def finished(self, result: StepResult) -> None:
+        pass
+
+
 def scheduler() -> Scheduler:
-    return Scheduler(
+    return build_scheduler(
         capacity=CAPACITY,
         num_batches=2,
         max_num_seqs=8,
         max_num_batched_tokens=64,
-        max_plans_per_batch=2,
-        phase_policy=PrefillFirst(),
-        balancer=Balancer(num_batches=2, max_rows=8, live_blocks=72),
-        prefetch_budget=PrefetchBudget(blocks_per_step=48),
-        output_length=OutputLengthEstimate(),
+        async_scheduling=True,
+        phase_policy=PhasePolicyName.DISAGGREGATED,
+        kv_offload=KVOffload.ON,
+        forecast=ExpectsLess(),
     )
 
 
@@ -94,7 +111,7 @@ def record(recorder: StepRecorder, *, num_requests: int = 40) -> SimExecutor:
 
 @functools.cache
 def recorded_run() -> RunSnapshot:
-    """The run with a prediction that is 10 % too low."""
-    recorder = StepRecorder(capacity=CAPACITY, prediction=Prediction(StepSeconds(0.9), STAGES))
+    """The run of all requests."""
+    recorder = StepRecorder(capacity=CAPACITY)
     record(recorder)
     return recorder.snapshot()

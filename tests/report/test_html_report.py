@@ -30,8 +30,8 @@ def rows():
         log.answered(
             f"row-{number}", prompt_tokens=10, output_tokens=number, finish_reason="stop", now_seconds=0.2 * number
         )
-    log.failed(HOSTILE, code="invalid_value", message=f"max_tokens must be at least 1, got {HOSTILE}")
-    log.failed(None, code="invalid_json", message="line 7 is not JSON")
+    log.refused(HOSTILE, code="invalid_value", message=f"max_tokens must be at least 1, got {HOSTILE}")
+    log.refused(None, code="invalid_json", message="line 7 is not JSON")
     return log
 
 
@@ -112,7 +112,7 @@ def test_numbers_of_the_run(page):
     assert f"{totals.output_tokens:,} output tokens" in words
     assert "40 of 42 rows answered" in words and "2 rows failed" in words
     assert f"decode {totals.steps[Phase.DECODE]:,}" in words
-    assert "1.11" in words  # measured over predicted: the prediction is 10 % too low
+    assert "1.11" in words  # measured over expected: the forecast is 10 % too low
     assert "1 x invalid_json , 1 x invalid_value" in words and "line 7 is not JSON" in words
 
 
@@ -144,16 +144,14 @@ def test_a_run_that_ended_before_its_first_step(manifest):
     assert "stage 1 was killed by SIGKILL" in page and "<svg" not in page
 
 
-def test_a_run_without_rows_or_prediction(manifest):
+def test_a_run_without_rows_or_forecast(manifest):
     run = recorded_run()
-    bare = tuple(
-        replace(step, stages=tuple(replace(span, predicted_seconds=None) for span in step.stages)) for step in run.head
-    )
+    bare = tuple(replace(step, gauges=replace(step.gauges, expected_seconds=0.0)) for step in run.head)
     page = render_html_report(
         replace(run, head=bare), outcome=JobOutcome("simulated", 0, 0, 0), manifest=manifest, rows=None
     )
     assert "rows answered" not in page and "Slowest" not in page
-    assert 'id="prediction"' not in page and "not predicted" in page
+    assert 'id="prediction"' not in page and "not known" in page
 
 
 def test_the_timeline_is_taken_from_the_middle_of_decode():

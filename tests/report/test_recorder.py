@@ -81,9 +81,9 @@ def test_steps_in_full_are_in_order_and_consistent():
         if step.num_rows:
             first, second = step.stages
             assert second.start_seconds >= first.end_seconds
-            assert first.predicted_seconds == pytest.approx(0.9 * first.compute_seconds, rel=0.05)
+            assert step.gauges.expected_seconds == pytest.approx(0.9 * step.slowest_compute_seconds, rel=0.05)
         else:
-            assert step.phase is Phase.COPY and step.stages[0].predicted_seconds is None
+            assert step.phase is Phase.COPY and step.gauges.expected_seconds == 0
 
 
 def test_gauges_fit_in_the_pools():
@@ -135,6 +135,16 @@ def test_a_step_is_spread_over_the_intervals_that_it_lies_in(times):
         assert interval.stage(1).compute_seconds == pytest.approx(expected)
         assert interval.stage(0).compute_seconds == 0
     assert sum(interval.stage(1).refill_bytes for interval in series.intervals) == pytest.approx(100)
+
+
+def test_an_engine_may_be_replaced_by_another():
+    recorder = StepRecorder(capacity=CAPACITY)
+    first = record(recorder)
+    recorder.engine_replaced()
+    second = record(recorder)  # its steps have the same numbers, its clock starts again
+    run = recorder.snapshot()
+    assert len(run.head) == first.num_steps + second.num_steps
+    assert run.totals.output_tokens == 2 * sum(OUTPUT_LENGTHS.values())
 
 
 def test_recording_needs_no_torch():

@@ -17,7 +17,7 @@ def test_a_million_rows_leave_little():
     expected = sorted(((n * 7919) % 5000 for n in range(5000) if n % 5 != 4), reverse=True)
     assert [row.seconds for row in log.slowest] == expected[:20]
     assert log.errors_by_code == {"odd": 500, "even": 500} and len(log.errors) == 20
-    assert len(log.errors[0].message) == 300
+    assert log.errors[0].message == "x" * 300 + "..."
     assert log._started == {}
 
 
@@ -29,7 +29,20 @@ def test_lengths():
     assert (spread.num_rows, spread.most_tokens, spread.mean_tokens) == (6, 1000, pytest.approx(1010 / 6))
 
 
-def test_a_line_without_an_id_can_fail():
+def test_ids_that_no_file_can_hold():
     log = RowLog()
-    log.failed(None, code="invalid_json", message="line 3")
-    assert log.errors[0].custom_id is None and log.slowest == []
+    log.started("\ud800", now_seconds=0)
+    log.answered("\ud800", prompt_tokens=1, output_tokens=1, finish_reason="stop", now_seconds=1)
+    log.refused("\ud801" * 1000, code="x", message="\udc00")
+    assert log.slowest[0].custom_id == "\\ud800"
+    assert log.errors[0].message.encode() and len(log.errors[0].custom_id) < 2000
+
+
+def test_a_refused_line_takes_nothing_from_the_row_whose_id_it_repeats():
+    log = RowLog()
+    log.started("a", now_seconds=0)
+    log.refused("a", code="duplicate_custom_id", message="line 3")
+    log.refused(None, code="invalid_json", message="line 4")
+    log.answered("a", prompt_tokens=1, output_tokens=1, finish_reason="stop", now_seconds=2)
+    assert [error.custom_id for error in log.errors] == ["a", None]
+    assert [row.seconds for row in log.slowest] == [2]
