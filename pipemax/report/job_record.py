@@ -12,14 +12,15 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from pipemax.observer import EngineObserver
 from pipemax.plan import Capacity
 from pipemax.report.chrome_trace import write_chrome_trace
 from pipemax.report.html_report import JobOutcome, write_html_report
 from pipemax.report.manifest import run_manifest
 from pipemax.report.metrics import MetricsAddress, MetricsServer, RowCounts, serve_metrics
-from pipemax.report.recorder import StepRecorder
+from pipemax.report.recorder import LiveView, StepRecorder
 from pipemax.report.row_log import RowLog
 
 
@@ -37,27 +38,61 @@ class RecordWishes:
     settings: Mapping[str, Any] | None = None
 
 
-class JobRecord:
-    """Records one job; `recorder` is to be told by the engine, `rows` by the job."""
+class WatchedEngine(Protocol):
+    """What a record needs of an engine."""
 
-    def __init__(self, wishes: RecordWishes, *, capacity: Capacity) -> None:
+    @property
+    def capacity(self) -> Capacity: ...
+
+    def observe(self, observer: EngineObserver) -> None: ...
+
+
+_Engine = TypeVar("_Engine", bound=WatchedEngine)
+
+
+class JobRecord:
+    """Records one job; `rows` is to be told by the job."""
+
+    def __init__(self, wishes: RecordWishes) -> None:
         self._wishes = wishes
-        self.recorder = StepRecorder(capacity=capacity)
-        self.rows = RowLog()
+        self._recorder: StepRecorder | None = None
         self._manifest: dict[str, Any] = {}
-        if wishes.trace is not None or wishes.report is not None:
-            self._manifest = run_manifest(
-                command=wishes.command, settings=wishes.settings or {}, capacity=asdict(capacity)
-            )
+        self.rows = RowLog()
+
+    def watch(self, engine: _Engine) -> _Engine:
+        """Looks on at this engine from now on; it is the job's first, or takes the place of one that failed."""
+        if self._recorder is None:
+            self._recorder = StepRecorder(capacity=engine.capacity)
+            if self._wishes.trace is not None or self._wishes.report is not None:
+                self._manifest = run_manifest(
+                    command=self._wishes.command,
+                    settings=self._wishes.settings or {},
+                    capacity=asdict(engine.capacity),
+                )
+        else:
+            self._recorder.engine_replaced()
+        engine.observe(self._recorder)
+        return engine
+
+    def live(self) -> LiveView:
+        """What is going on now. An engine is being watched."""
+        assert self._recorder is not None
+        return self._recorder.live()
 
     def serve_metrics(self, counts: RowCounts) -> contextlib.AbstractContextManager[MetricsServer | None]:
-        """Serves metrics, if they are wished for. Raises ConfigError when the port cannot be had."""
-        return serve_metrics(self._wishes.metrics, recorder=self.recorder, counts=counts)
+        """Serves metrics, if they are wished for. An engine is being watched.
+
+        Raises ConfigError when the port cannot be had.
+        """
+        assert self._recorder is not None
+        return serve_metrics(self._wishes.metrics, recorder=self._recorder, counts=counts)
 
     def write(self, outcome: JobOutcome) -> list[Path]:
-        """Writes the files that are wished for; gives them. Raises OSError."""
+        """Writes the files that are wished for; gives them. Nothing if there never was an engine. Raises OSError."""
         wishes, written = self._wishes, []
-        run = self.recorder.snapshot()
+        if self._recorder is None:
+            return []
+        run = self._recorder.snapshot()
         if wishes.trace is not None:
             write_chrome_trace(wishes.trace, run, manifest=self._manifest)
             written.append(wishes.trace)
