@@ -3,11 +3,11 @@
 Flags come in here, errors and exit codes go out; the work is done elsewhere. torch and Transformers are imported inside
 commands only, so that help and usage errors come at once.
 
-    0    done, and no more rows failed than --error-threshold allows
-    1    done, and more rows failed
+    0    done; no row failed, or no more than --error-threshold allows
+    1    done, and rows failed; or stopped, since more failed than --error-threshold allows
     2    wrong flags, settings, files or model: nothing was started
-    3    a stage died or a file could not be written: what was done before is in the files
-    130  interrupted: likewise
+    3    the pipeline failed too often or a file could not be written: what was done before is in the files
+    130  interrupted by Ctrl-C, 143 by SIGTERM: likewise
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import importlib.metadata
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ class ExitCode(enum.IntEnum):
     WRONG_SETTINGS = 2
     ENGINE_DIED = 3
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 app = typer.Typer(
@@ -64,6 +66,8 @@ def _tell(message: str) -> None:
 def _errors_told(*, verbose: bool) -> Iterator[None]:
     """Turns what a command raises into one line and an exit code. Bugs come with their traceback, asked for or not."""
     from pipemax.executor.base import ExecutorError
+    from pipemax.interrupts import JobInterrupted
+    from pipemax.run_batch import TooManyFailedRowsError
 
     code = ExitCode.ENGINE_DIED
     try:
@@ -71,8 +75,12 @@ def _errors_told(*, verbose: bool) -> Iterator[None]:
         return
     except (typer.Exit, typer.TyperException):
         raise
-    except KeyboardInterrupt:
-        code, message, details = ExitCode.INTERRUPTED, "interrupted", ""
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, JobInterrupted) and interrupt.signal_number == signal.SIGTERM
+        code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
+        message, details = "terminated" if terminated else "interrupted", ""
+    except TooManyFailedRowsError as error:
+        code, message, details = ExitCode.ROWS_FAILED, str(error), ""
     except ConfigError as error:
         code, message, details = ExitCode.WRONG_SETTINGS, str(error), traceback.format_exc()
     except ExecutorError as error:
@@ -162,38 +170,73 @@ def run_batch(
         Path | None,
         typer.Option(metavar="PATH", help="Rows that failed.", show_default="beside the output: NAME.errors.jsonl"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace output and error files that exist.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew: throw away what output and error file hold.")
+    ] = False,
+    force_resume: Annotated[
+        bool,
+        typer.Option("--force-resume", help="Go on with results of another model, other settings or a changed input."),
+    ] = False,
+    preserve_order: Annotated[
+        bool, typer.Option("--preserve-order", help="Put the finished files in the order of the input.")
+    ] = False,
     error_threshold: Annotated[
-        int, typer.Option(metavar="ROWS", help="Rows that may fail before the exit code is 1; -1: any number.", min=-1)
-    ] = 0,
+        int | None,
+        typer.Option(
+            metavar="ROWS",
+            help="Rows that may fail: the job stops when there are more; -1: any number, and the exit code is 0.",
+            show_default="never stop; exit code 1 if any failed",
+            min=-1,
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Restarts of a failed pipeline in a row, without a row finished between.", min=0
+        ),
+    ] = 5,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks with errors.")] = False,
     engine: dict[str, Any],
 ) -> None:
     """Answers every row of a file of requests in the OpenAI batch format.
 
-    Rows that are wrong or fail go to the error file; the others go on. The output is there from the first answer on.
+    Rows that are wrong or fail go to the error file; the others go on. The output is there from the first answer on. A
+    job that was stopped or killed is taken up by the same command.
     """
     with _errors_told(verbose=verbose):
+        if overwrite and force_resume:
+            raise ConfigError("--overwrite starts anew and --force-resume goes on: give one of them")
+        from pipemax.config import EngineConfig
         from pipemax.io.progress import ProgressStyle
-        from pipemax.run_batch import BatchEngine, BatchFiles
+        from pipemax.run_batch import BatchEngine, BatchFiles, ExistingOutput, JobRules, RowOrder, answer_settings
         from pipemax.run_batch import run_batch as run
+
+        existing = ExistingOutput.RESUME
+        if overwrite or force_resume:
+            existing = ExistingOutput.OVERWRITE if overwrite else ExistingOutput.FORCE_RESUME
 
         def start_engine() -> BatchEngine:
             from pipemax.llm import LLM
 
             return LLM(**engine)
 
-        files = BatchFiles.check(input_file, output_file, error_file, overwrite=overwrite)
+        files = BatchFiles.check(input_file, output_file, error_file, existing=existing)
         counts = run(
             files=files,
-            overwrite=overwrite,
+            rules=JobRules(
+                existing=existing,
+                settings=answer_settings(EngineConfig(**engine)),
+                error_threshold=None if error_threshold == -1 else error_threshold,
+                row_order=RowOrder.AS_INPUT if preserve_order else RowOrder.AS_FINISHED,
+                max_restarts=max_restarts,
+            ),
             start_engine=start_engine,
             progress_style=ProgressStyle.NONE if quiet else ProgressStyle.for_stream(sys.stderr),
             show_messages=not quiet,
             stderr=sys.stderr,
         )
-        if 0 <= error_threshold < counts.failed_rows:
+        if error_threshold is None and counts.failed_rows:
             raise typer.Exit(ExitCode.ROWS_FAILED)
 
 

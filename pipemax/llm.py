@@ -131,6 +131,7 @@ class LLM:
         self._started_seconds = self._executor.now()
         self._next_id = 0
         self._streaming = False
+        self._dropping_queued = False
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
@@ -183,6 +184,8 @@ class LLM:
         population = self._engine.scheduler.population
         try:
             while live or not exhausted:
+                if self._dropping_queued:
+                    self._drop_queued(live)
                 while not exhausted and len(population.waiting) < self._max_queued:
                     request = next(source, None)
                     if request is None:
@@ -201,6 +204,13 @@ class LLM:
                 self._engine.finish_request(request_id)
                 self._outputs.drop(request_id)
             self._streaming = False
+
+    def drop_queued(self) -> None:
+        """Makes a running `stream` give up the requests that have not begun: no output comes of them.
+
+        May be called from a signal handler.
+        """
+        self._dropping_queued = True
 
     # -- around --------------------------------------------------------------------------------------------------------
 
@@ -302,6 +312,13 @@ class LLM:
         self._engine.add_request(state)
         live[request_id] = _Live(request.request_id, text, token_ids, request.sampling_params)
         return None
+
+    def _drop_queued(self, live: dict[int, _Live]) -> None:
+        self._dropping_queued = False
+        for state in [state for state in self._engine.scheduler.population.waiting if not state.announced]:
+            self._engine.finish_request(state.request_id)
+            self._outputs.drop(state.request_id)
+            del live[state.request_id]
 
     def _encode(self, request: GenerationRequest) -> list[int]:
         if (request.prompt is None) == (request.messages is None):

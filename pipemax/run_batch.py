@@ -4,30 +4,71 @@
          │                     └────────error───► OutputJournal (errors)
          └──────────────────────────────error───►
 
-The job keeps nothing but the rows that the engine has and has not given back. What never lives here: the format of a
-line (`io/`), command line flags (`cli.py`), the engine (`llm.py`).
+The job keeps nothing but the rows that the engine has and has not given back. It can be killed at any moment: started
+again, it reads what its files hold (`io/done_rows.py`), makes sure that the rest belongs to it (`io/job_manifest.py`)
+and runs what is missing. When the pipeline fails, the job starts another one and runs the rows in flight again
+(`reruns.py`).
+
+What never lives here: the format of a line (`io/`), command line flags (`cli.py`), the engine (`llm.py`).
 """
 
 from __future__ import annotations
 
+import enum
+import itertools
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
-from pipemax.config import ConfigError
+from pipemax.config import ConfigError, EngineConfig
+from pipemax.executor.base import ExecutorError
+from pipemax.interrupts import Interrupts
 from pipemax.io.batch_reader import BatchReader, count_rows
 from pipemax.io.batch_request import BatchRow, ErrorCode, RowError, row_error
 from pipemax.io.batch_response import answer_line, failure_line, refusal_line
+from pipemax.io.done_rows import DoneRows
+from pipemax.io.input_order import put_in_input_order
+from pipemax.io.job_manifest import JobManifest, Settings, manifest_path
+from pipemax.io.model_digest import model_digest
 from pipemax.io.output_journal import OutputJournal
 from pipemax.io.progress import JobCounts, ProgressDisplay, ProgressStyle
 from pipemax.request import GenerationError, RequestOutput
+from pipemax.reruns import Reruns
 
 if TYPE_CHECKING:
     from pipemax.llm import EngineStats, GenerationRequest
+
+# After the first Ctrl-C: long enough for most answers, short enough for a batch system that kills half a minute later.
+_DRAIN_SECONDS = 20.0
+_LONGEST_PAUSE_SECONDS = 30.0
+
+
+class ExistingOutput(enum.Enum):
+    """What happens with results that are there already.
+
+    RESUME goes on with them, and refuses if the job is not the one they came from. FORCE_RESUME goes on all the same:
+    what is done stays as it is. OVERWRITE starts anew.
+    """
+
+    RESUME = "resume"
+    FORCE_RESUME = "force-resume"
+    OVERWRITE = "overwrite"
+
+
+class RowOrder(enum.Enum):
+    """Order of lines in the final files."""
+
+    AS_FINISHED = "as finished"
+    AS_INPUT = "as in the input"
+
+
+class TooManyFailedRowsError(RuntimeError):
+    """More rows failed than the threshold allows; the job has stopped. The message says what to do."""
 
 
 class BatchEngine(Protocol):
@@ -37,6 +78,8 @@ class BatchEngine(Protocol):
     def model_name(self) -> str: ...
 
     def stream(self, requests: Iterable[GenerationRequest]) -> Iterator[RequestOutput]: ...
+
+    def drop_queued(self) -> None: ...
 
     def stats(self) -> EngineStats: ...
 
@@ -50,23 +93,37 @@ class BatchFiles:
     input: Path
     answers: Path
     errors: Path
+    manifest: Path
 
     @classmethod
-    def check(cls, input_file: Path, output_file: Path, error_file: Path | None, *, overwrite: bool) -> BatchFiles:
+    def check(
+        cls, input_file: Path, output_file: Path, error_file: Path | None, *, existing: ExistingOutput
+    ) -> BatchFiles:
         """Raises ConfigError for anything that would make the job fail, or write over something, later.
 
         `error_file` None means beside the output: out.jsonl gets out.errors.jsonl.
         """
         if error_file is None:
             error_file = output_file.with_name(f"{output_file.stem}.errors{output_file.suffix}")
+        manifest = manifest_path(output_file)
         _check_input(input_file)
         for flag, path in (("--output-file", output_file), ("--error-file", error_file)):
-            _check_target(flag, path, overwrite=overwrite)
+            _check_target(flag, path)
             if _same_file(path, input_file):
                 raise ConfigError(f"{flag} {path} is the input file: choose another")
         if _same_file(output_file, error_file):
             raise ConfigError(f"--error-file {error_file} is the output file: choose another")
-        return cls(input_file, output_file, error_file)
+        for path in (input_file, output_file, error_file):
+            if _same_file(path, manifest):
+                raise ConfigError(f"{path} is where the job of {output_file} keeps its manifest: choose another name")
+        if existing is not ExistingOutput.OVERWRITE and not manifest.exists():
+            for path in (output_file, error_file):
+                if path.exists() and path.stat().st_size:
+                    raise ConfigError(
+                        f"{path} exists and is not of a job that could go on (there is no {manifest.name}): choose "
+                        "another, or give --overwrite"
+                    )
+        return cls(input_file, output_file, error_file, manifest)
 
 
 def _check_input(path: Path) -> None:
@@ -81,7 +138,7 @@ def _check_input(path: Path) -> None:
         raise ConfigError(f"--input-file {path}: no permission to read it")
 
 
-def _check_target(flag: str, path: Path, *, overwrite: bool) -> None:
+def _check_target(flag: str, path: Path) -> None:
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -98,8 +155,8 @@ def _check_target(flag: str, path: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{flag} {path} is {kind}: give a file's name")
     if not os.access(path, os.W_OK):
         raise ConfigError(f"{flag} {path}: no permission to write it")
-    if status.st_size and not overwrite:
-        raise ConfigError(f"{flag} {path} exists and is not empty: choose another, or give --overwrite")
+    if not os.access(path.resolve().parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: no permission to write in {path.resolve().parent}")
 
 
 def _same_file(left: Path, right: Path) -> bool:
@@ -110,81 +167,271 @@ def _same_file(left: Path, right: Path) -> bool:
         return left.resolve() == right.resolve()
 
 
+def answer_settings(config: EngineConfig) -> Settings:
+    """What answers depend on, for the manifest. Where and how fast they are computed is not among it.
+
+    Raises ConfigError when the model's files cannot be read.
+    """
+    model = Path(config.model)
+    tokenizer = model if config.tokenizer is None else Path(config.tokenizer)
+    try:
+        return {
+            "model": model.resolve().name,
+            "model_digest": model_digest(model),
+            "tokenizer_digest": model_digest(tokenizer),
+            "load_format": config.load_format.value,
+            "dtype": config.dtype,
+            "seed": config.seed,
+            "max_model_len": config.max_model_len,
+        }
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRules:
+    """How a job deals with what is there and with what goes wrong.
+
+    existing          see `ExistingOutput`
+    settings          what answers depend on, for the manifest
+    error_threshold   stop once more rows than that have failed; None: never
+    row_order         see `RowOrder`
+    max_restarts      times in a row that a failed pipeline is started anew without any row finished in between
+    """
+
+    existing: ExistingOutput = ExistingOutput.RESUME
+    settings: Settings
+    error_threshold: int | None = None
+    row_order: RowOrder = RowOrder.AS_FINISHED
+    max_restarts: int = 5
+
+
 def run_batch(
     *,
     files: BatchFiles,
-    overwrite: bool,
+    rules: JobRules,
     start_engine: Callable[[], BatchEngine],
     progress_style: ProgressStyle,
     show_messages: bool,
     stderr: TextIO,
 ) -> JobCounts:
-    """Runs a whole job and gives what came of its rows. An input without rows needs no engine.
+    """Runs a job, or what is left of it, and gives what came of all its rows. Without rows to run it needs no engine.
 
-    Raises what `start_engine` and the engine raise (ConfigError, ExecutorError), and OSError when a file fails;
-    whatever ends the job, rows that were done are in their files by then, and the summary has been shown.
+    Raises what `start_engine` raises at the first start; ConfigError when results that are there are not of this job;
+    ExecutorError when the pipeline fails too often; TooManyFailedRowsError; OSError when a file fails; JobInterrupted
+    (a KeyboardInterrupt). Whatever ends the job, rows that were done are in their files by then, and the summary has
+    been shown.
     """
-    counts = JobCounts(total_rows=count_rows(files.input))
-    answers, errors = OutputJournal(files.answers), OutputJournal(files.errors)
-    if show_messages and counts.total_rows:
-        print(f"pipemax: {counts.total_rows:,} rows in {files.input}; loading the model", file=stderr, flush=True)
-    engine = start_engine() if counts.total_rows else None
-    try:
+
+    def tell(text: str) -> None:
+        if show_messages:
+            print(f"pipemax: {text}", file=stderr, flush=True)
+
+    interrupts = Interrupts(
+        drain_seconds=_DRAIN_SECONDS,
+        on_first=lambda: None if job is None else job.drop_queued(),
+        message=f"\npipemax: stopping: rows in flight may finish within {_DRAIN_SECONDS:.0f} s; once more: at once\n"
+        if show_messages
+        else "",
+    )
+    job: _Job | None = None
+    with (
+        interrupts,
+        DoneRows() as done,
+        OutputJournal(files.answers) as answers,
+        OutputJournal(files.errors) as errors,
+    ):
+        beginning = _take_up(files, rules, answers, errors, done, tell)
+        to_run = beginning.num_open_rows
+        counts = JobCounts(
+            total_rows=to_run + len(done),
+            answered_rows=answers.num_rows,
+            failed_rows=errors.num_rows,
+            earlier_rows=len(done),
+        )
+        _check_failed(counts, rules)
+        if counts.total_rows:
+            earlier = f", {counts.earlier_rows:,} of them done already" if counts.earlier_rows else ""
+            tell(f"{counts.total_rows:,} rows in {files.input}{earlier}" + ("; loading the model" if to_run else ""))
+        engine = start_engine() if to_run else None
         start_seconds = time.monotonic()
         try:
-            with answers, errors:
-                answers.create()
-                if overwrite:
-                    answers.clear()
-                    if files.errors.exists():
-                        errors.clear()
+            try:
+                _make_files(rules, beginning.manifest, files, answers, errors)
                 if engine is not None:
-                    display = ProgressDisplay(
-                        counts,
-                        output_tokens=lambda: engine.stats().output_tokens,
-                        style=progress_style,
-                        stream=stderr,
+                    job = _Job(
+                        engine,
+                        start_engine,
+                        rows=BatchReader(files.input, defaults={}),
+                        done=done,
+                        answers=answers,
+                        errors=errors,
+                        counts=counts,
+                        rules=rules,
+                        interrupts=interrupts,
+                        tell=tell,
                     )
-                    with display:
-                        _Job(engine, files.input, answers, errors, counts).run()
+                    with ProgressDisplay(counts, output_tokens=job.output_tokens, style=progress_style, stream=stderr):
+                        job.run()
+            finally:
+                answers.close()
+                errors.close()
+                tell(_summary(counts, time.monotonic() - start_seconds, job, files))
         finally:
-            if show_messages:
-                stats = None if engine is None else engine.stats()
-                print(_summary(counts, time.monotonic() - start_seconds, stats, files), file=stderr, flush=True)
-    finally:
-        if engine is not None:
-            engine.shutdown()
+            if job is not None:
+                job.end()
+            elif engine is not None:
+                engine.shutdown()
+        interrupts.raise_if_requested()
+        if rules.row_order is RowOrder.AS_INPUT:
+            for path in (files.answers, files.errors):
+                if path.exists():
+                    put_in_input_order(path, BatchReader(files.input, defaults={}))
     return counts
 
 
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """Where a run takes the job up."""
+
+    manifest: JobManifest
+    num_open_rows: int
+
+
+def _take_up(
+    files: BatchFiles,
+    rules: JobRules,
+    answers: OutputJournal,
+    errors: OutputJournal,
+    done: DoneRows,
+    tell: Callable[[str], None],
+) -> _Beginning:
+    """Reads what earlier runs have left. Raises ConfigError, OSError."""
+    manifest = JobManifest(dict(rules.settings))
+    if rules.existing is ExistingOutput.OVERWRITE:
+        return _Beginning(manifest, count_rows(files.input))
+    before = JobManifest.read(files.manifest)
+    for journal in (answers, errors):
+        if journal.path.exists():
+            if torn_bytes := journal.recover():
+                tell(f"{journal.path}: the last line was not finished ({torn_bytes:,} bytes); its row runs again")
+            journal.num_rows = done.add_file(journal.path)
+    if before is None or len(done) == 0:
+        return _Beginning(manifest, count_rows(files.input))
+    difference = before.difference(rules.settings)
+    fix = "choose another output file, give --overwrite to start anew, or --force-resume to go on all the same"
+    if difference is not None:
+        if rules.existing is not ExistingOutput.FORCE_RESUME:
+            raise ConfigError(f"{files.answers} has answers of another job: {difference}; {fix}")
+        tell(f"going on with another setting: {difference}")
+        manifest = before.replaced_by(rules.settings)
+    else:
+        manifest = before
+    comparison = done.compare_with_input(BatchReader(files.input, defaults={}))
+    if comparison.num_changed:
+        what = f"{comparison.num_changed:,} rows that are done have changed in {files.input}: {comparison.example}"
+        if rules.existing is not ExistingOutput.FORCE_RESUME:
+            raise ConfigError(f"{what}; {fix}")
+        tell(f"{what}; their results stay as they are")
+    return _Beginning(manifest, comparison.num_open)
+
+
+def _make_files(
+    rules: JobRules, manifest: JobManifest, files: BatchFiles, answers: OutputJournal, errors: OutputJournal
+) -> None:
+    """From here on the folder holds a job that can be taken up. Raises OSError."""
+    answers.create()
+    if rules.existing is ExistingOutput.OVERWRITE:
+        answers.clear()
+        if files.errors.exists():
+            errors.clear()
+    manifest.write(files.manifest)
+
+
+def _check_failed(counts: JobCounts, rules: JobRules) -> None:
+    threshold = rules.error_threshold
+    if threshold is not None and counts.failed_rows > threshold:
+        raise TooManyFailedRowsError(
+            f"stopped: {counts.failed_rows:,} rows have failed and --error-threshold is {threshold:,}; what is done is "
+            "in the files: start again with a higher threshold to go on, or with --overwrite to start anew"
+        )
+
+
 class _Job:
-    """One pass over the input. Every row ends as one line in `answers` or in `errors`."""
+    """One pass over the input. Every row ends as one line in `answers` or in `errors`, whatever becomes of engines."""
 
     def __init__(
-        self, engine: BatchEngine, input_file: Path, answers: OutputJournal, errors: OutputJournal, counts: JobCounts
+        self,
+        engine: BatchEngine,
+        start_engine: Callable[[], BatchEngine],
+        *,
+        rows: BatchReader,
+        done: DoneRows,
+        answers: OutputJournal,
+        errors: OutputJournal,
+        counts: JobCounts,
+        rules: JobRules,
+        interrupts: Interrupts,
+        tell: Callable[[str], None],
     ) -> None:
         self._engine = engine
-        self._rows = BatchReader(input_file, defaults={})
+        self._start_engine = start_engine
+        self._done = done
         self._answers = answers
         self._errors = errors
         self._counts = counts
+        self._rules = rules
+        self._interrupts = interrupts
+        self._tell = tell
+        self._new_rows = self._read_new_rows(rows)
+        self._new_rows_left = True
+        self._pending: deque[BatchRow] = deque()
         self._in_flight: dict[str, BatchRow] = {}
+        self._reruns: Reruns[BatchRow] = Reruns(max_failures=rules.max_restarts)
+        self._past = _Totals()
+        self.num_restarts = 0
 
     def run(self) -> None:
-        for output in self._engine.stream(self._requests()):
-            row = self._in_flight.pop(output.request_id, None)
-            assert row is not None, f"the engine gave an output of {output.request_id!r}, which it does not have"
-            self._settle(row, output)
-        for custom_id in self._in_flight:
-            self._fail(failure_line(custom_id, code="row_lost", message="the engine ended without an answer"))
+        self._interrupts.rows_are_in_flight()
+        while not self._interrupts.requested and self._take_rows():
+            try:
+                self._run_together()
+            except ExecutorError as error:
+                self._start_again(error)
+        if not self._interrupts.requested:
+            self._write_condemned(at_end=True)
+
+    def output_tokens(self) -> int:
+        """Tokens generated so far, those of rows that ran in vain included."""
+        return self.totals().output_tokens
+
+    def totals(self) -> _Totals:
+        return self._past.plus(self._engine.stats())
+
+    def drop_queued(self) -> None:
+        self._engine.drop_queued()
+
+    def end(self) -> None:
+        self._engine.shutdown()
+
+    # -- rows in -------------------------------------------------------------------------------------------------------
+
+    def _take_rows(self) -> bool:
+        """Decides what runs next: all that is left, or a group of suspects by itself; False when nothing is left."""
+        self._pending.extend(self._reruns.take_again())
+        if self._pending or self._new_rows_left:
+            return True
+        self._pending.extend(self._reruns.next_group() or ())
+        return bool(self._pending)
 
     def _requests(self) -> Iterator[GenerationRequest]:
         from pipemax.llm import GenerationRequest
 
-        for row in self._rows:
-            if isinstance(row, RowError):
-                self._fail(refusal_line(row))
-                continue
+        while not self._interrupts.requested:
+            row = self._pending.popleft() if self._pending else next(self._new_rows, None)
+            if row is None:
+                self._new_rows_left = False
+                return
             self._in_flight[row.custom_id] = row
             yield GenerationRequest(
                 request_id=row.custom_id,
@@ -194,9 +441,34 @@ class _Job:
                 chat_template_kwargs=row.chat_template_kwargs,
             )
 
+    def _read_new_rows(self, rows: Iterable[BatchRow | RowError]) -> Iterator[BatchRow]:
+        for row in rows:
+            if self._done.covers(row):
+                continue
+            if isinstance(row, RowError):
+                self._fail(refusal_line(row))
+            else:
+                yield row
+
+    # -- results out ---------------------------------------------------------------------------------------------------
+
+    def _run_together(self) -> None:
+        """All rows that are to run now; until the engine has given them back or fails."""
+        for output in self._engine.stream(self._requests()):
+            row = self._in_flight.pop(output.request_id, None)
+            assert row is not None, f"the engine gave an output of {output.request_id!r}, which it does not have"
+            self._settle(row, output)
+            self._reruns.finished(row.custom_id)
+            self._write_condemned(at_end=False)
+        if self._interrupts.requested:
+            return
+        for row in self._in_flight.values():
+            self._fail(failure_line(row, code="row_lost", message="the engine ended without an answer"))
+        self._in_flight.clear()
+
     def _settle(self, row: BatchRow, output: RequestOutput) -> None:
         if isinstance(output.error, GenerationError):
-            self._fail(failure_line(row.custom_id, code="generation_failed", message=str(output.error)))
+            self._fail(failure_line(row, code="generation_failed", message=str(output.error)))
             return
         if output.error is not None:
             error = row_error(
@@ -205,6 +477,7 @@ class _Job:
                 ErrorCode.INVALID_VALUE,
                 str(output.error),
                 param=output.error.param,
+                row_id=row.row_id,
             )
             self._fail(refusal_line(error))
             return
@@ -215,23 +488,78 @@ class _Job:
         self._counts.prompt_tokens += len(output.prompt_token_ids)
         self._counts.output_tokens += len(output.outputs[0].token_ids)
 
+    def _write_condemned(self, *, at_end: bool) -> None:
+        for condemned in self._reruns.take_condemned(at_end=at_end):
+            message = f"the pipeline fails whenever this row runs: {condemned.error}"
+            self._fail(failure_line(condemned.row, code="pipeline_failed", message=message))
+
     def _fail(self, line: bytes) -> None:
         self._errors.append(line)
         self._counts.failed_rows += 1
+        _check_failed(self._counts, self._rules)
+
+    # -- failures ------------------------------------------------------------------------------------------------------
+
+    def _start_again(self, error: ExecutorError) -> None:
+        """Another pipeline in place of the one that has failed. Raises `error` or a later one when it is of no use."""
+        unfinished = [(row.custom_id, row) for row in itertools.chain(self._in_flight.values(), self._pending)]
+        self._in_flight.clear()
+        self._pending.clear()
+        self._past = self.totals()
+        self._engine.shutdown()
+        self._interrupts.raise_if_requested()
+        self._reruns.failed(error, unfinished)
+        if error.details:
+            self._tell(error.details.rstrip())
+        self._tell(f"{error}; starting the pipeline anew, {len(unfinished):,} rows run again")
+        while True:
+            num_failures = self._reruns.num_stalled_failures
+            time.sleep(0.0 if num_failures < 2 else min(_LONGEST_PAUSE_SECONDS, 0.25 * 2**num_failures))
+            self._interrupts.raise_if_requested()
+            try:
+                self._engine = self._start_engine()
+            except (ExecutorError, ConfigError) as another:
+                self._reruns.could_not_start(another)
+                self._tell(f"{another}; trying again")
+            else:
+                self.num_restarts += 1
+                return
 
 
-def _summary(counts: JobCounts, seconds: float, stats: Any, files: BatchFiles) -> str:
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """Counts over all engines of a job."""
+
+    output_tokens: int = 0
+    blocks_sent_home: int = 0
+    blocks_refilled: int = 0
+
+    def plus(self, stats: EngineStats) -> _Totals:
+        return _Totals(
+            self.output_tokens + stats.output_tokens,
+            self.blocks_sent_home + stats.blocks_sent_home,
+            self.blocks_refilled + stats.blocks_refilled,
+        )
+
+
+def _summary(counts: JobCounts, seconds: float, job: _Job | None, files: BatchFiles) -> str:
     open_rows = counts.total_rows - counts.done_rows
     lines = [
-        f"pipemax: {counts.answered_rows:,} rows answered, {counts.failed_rows:,} failed"
+        f"{counts.answered_rows:,} rows answered, {counts.failed_rows:,} failed"
+        + (f" ({counts.earlier_rows:,} of them before)" if counts.earlier_rows else "")
         + (f", {open_rows:,} not done" if open_rows else "")
         + f", in {seconds:,.1f} s",
         f"  tokens   {counts.prompt_tokens:,} prompt, {counts.output_tokens:,} output, "
         f"{counts.output_tokens / max(seconds, 1e-9):,.1f} output tokens/s",
     ]
-    if stats is not None:
-        lines.append(f"  KV       {stats.blocks_sent_home:,} blocks went home, {stats.blocks_refilled:,} came back")
+    if job is not None:
+        totals = job.totals()
+        lines.append(f"  KV       {totals.blocks_sent_home:,} blocks went home, {totals.blocks_refilled:,} came back")
+        if job.num_restarts:
+            lines.append(f"  restarts {job.num_restarts:,}: the pipeline failed, rows in flight ran again")
     lines.append(f"  answers  {files.answers}")
     if counts.failed_rows:
         lines.append(f"  errors   {files.errors}")
+    if open_rows:
+        lines.append("  not done: the same command goes on with the rest")
     return "\n".join(lines)

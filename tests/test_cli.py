@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import pytest
 from pipemax import cli
 from pipemax.config import ConfigError, EngineConfig, LoadFormat
 from pipemax.executor.base import ExecutorError
+from pipemax.interrupts import JobInterrupted
 from pipemax.io.progress import JobCounts
+from pipemax.run_batch import ExistingOutput, RowOrder, TooManyFailedRowsError
 
 
 def run(monkeypatch, *arguments):
@@ -22,6 +25,8 @@ def run(monkeypatch, *arguments):
 def job(monkeypatch, tmp_path):
     """Runs `pipemax run-batch` with a stand-in for the job, which raises or returns `outcome`; gives what it got."""
     (tmp_path / "in.jsonl").write_text("{}\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     seen = {}
 
     def invoke(*arguments, outcome=None):
@@ -32,7 +37,7 @@ def job(monkeypatch, tmp_path):
             return outcome or JobCounts(1)
 
         monkeypatch.setattr("pipemax.run_batch.run_batch", run_batch)
-        files = ("-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--model", "some/folder")
+        files = ("-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--model", tmp_path / "model")
         return run(monkeypatch, "run-batch", *files, *arguments), seen
 
     return invoke
@@ -56,14 +61,14 @@ def test_version(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("pipemax 0.")
 
 
-def test_every_setting_reaches_the_engine_with_the_default_of_the_config(job, monkeypatch):
+def test_every_setting_reaches_the_engine_with_the_default_of_the_config(job, monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr("pipemax.llm.LLM", lambda **settings: started.append(settings))
     _, seen = job()
     seen["start_engine"]()
     defaults = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
     assert len(started) == 1 and {"pipeline_parallel_size", "block_size", "seed"} < set(started[0])
-    assert started == [{name: defaults[name] for name in started[0]} | {"model": "some/folder"}]
+    assert started == [{name: defaults[name] for name in started[0]} | {"model": str(tmp_path / "model")}]
 
 
 def test_flags_change_settings(job, monkeypatch):
@@ -80,8 +85,23 @@ def test_flags_change_settings(job, monkeypatch):
     assert settings["load_format"] is LoadFormat.DUMMY and settings["dtype"] == "float32"
 
 
+def test_flags_of_a_job_become_its_rules(job):
+    rules = job()[1]["rules"]
+    assert (rules.existing, rules.row_order) == (ExistingOutput.RESUME, RowOrder.AS_FINISHED)
+    assert (rules.error_threshold, rules.max_restarts) == (None, 5)
+    assert rules.settings["model"] == "model" and rules.settings["seed"] == 0
+    changed = job("--force-resume", "--preserve-order", "--error-threshold", 7, "--max-restarts", 1, "--seed", 3)[1][
+        "rules"
+    ]
+    assert (changed.existing, changed.row_order) == (ExistingOutput.FORCE_RESUME, RowOrder.AS_INPUT)
+    assert (changed.error_threshold, changed.max_restarts, changed.settings["seed"]) == (7, 1, 3)
+    assert job("--overwrite")[1]["rules"].existing is ExistingOutput.OVERWRITE
+    assert job("--overwrite", "--force-resume")[0] == 2
+    assert job("--error-threshold", -1)[1]["rules"].error_threshold is None
+
+
 @pytest.mark.parametrize(
-    ("failed", "threshold", "code"), [(0, None, 0), (1, None, 1), (3, 3, 0), (4, 3, 1), (1000, -1, 0), (1, 0, 1)]
+    ("failed", "threshold", "code"), [(0, None, 0), (1, None, 1), (3, 3, 0), (1000, -1, 0), (0, 0, 0)]
 )
 def test_exit_code_follows_the_error_threshold(job, failed, threshold, code):
     arguments = () if threshold is None else ("--error-threshold", threshold)
@@ -95,6 +115,9 @@ def test_exit_code_follows_the_error_threshold(job, failed, threshold, code):
         (ExecutorError("stage 1 died", details="its trace"), 3, "pipemax: error: stage 1 died"),
         (OSError(28, "No space left on device", "out.jsonl"), 3, "pipemax: error: out.jsonl: No space left on device"),
         (KeyboardInterrupt(), 130, "pipemax: error: interrupted"),
+        (JobInterrupted(signal.SIGINT), 130, "pipemax: error: interrupted"),
+        (JobInterrupted(signal.SIGTERM), 143, "pipemax: error: terminated"),
+        (TooManyFailedRowsError("stopped: 4 rows"), 1, "pipemax: error: stopped: 4 rows"),
     ],
 )
 def test_errors_are_one_line_and_a_code(job, capsys, outcome, code, words):

@@ -1,18 +1,20 @@
 """`BatchReader`: an OpenAI batch file as a lazy stream of rows, one line in memory at a time.
 
-What lives here: lines of a file, their numbers, the uniqueness of custom ids. Never here: what one line means
-(`batch_request.py`).
+What lives here: lines of a file, their numbers, the uniqueness of custom ids and of row ids. Never here: what one line
+means (`batch_request.py`).
 """
 
 from __future__ import annotations
 
 import codecs
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipemax.io.batch_request import BatchRow, ErrorCode, RowError, parse_line, row_error
 from pipemax.io.custom_ids import CustomIdIndex
+from pipemax.io.row_ids import nameless_row_id
 
 
 class BatchReader:
@@ -34,12 +36,20 @@ class BatchReader:
                 if not line:
                     continue
                 row = parse_line(line, number, defaults=self._defaults)
-                first_line = None if row.custom_id is None else seen.add(row.custom_id, number)
-                if first_line is None:
+                if row.custom_id is None:
+                    assert isinstance(row, RowError)
+                    yield dataclasses.replace(row, row_id=nameless_row_id(line, seen.count_nameless(line)))
+                elif (first_line := seen.add(row.custom_id, number)) is None:
                     yield row
                 else:
-                    message = f"custom_id {row.custom_id!r} is not unique: line {first_line} has it already"
-                    yield row_error(number, row.custom_id, ErrorCode.DUPLICATE_CUSTOM_ID, message, param="custom_id")
+                    yield row_error(
+                        number,
+                        row.custom_id,
+                        ErrorCode.DUPLICATE_CUSTOM_ID,
+                        f"custom_id {row.custom_id!r} is not unique: line {first_line} has it already",
+                        param="custom_id",
+                        row_id=nameless_row_id(line, seen.count_nameless(line)),
+                    )
 
 
 def count_rows(path: Path) -> int:

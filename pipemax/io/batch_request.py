@@ -14,9 +14,10 @@ import difflib
 import enum
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
+from pipemax.io.row_ids import row_id
 from pipemax.request import RequestError, SamplingParams
 
 Message: TypeAlias = dict[str, Any]
@@ -51,7 +52,8 @@ class ErrorCode(enum.StrEnum):
 class BatchRow:
     """A request that can go to the engine: exactly one of `prompt` (text or token ids) and `messages` is set.
 
-    `sampling_params.logprobs` carries the endpoint's wish for logprobs (chat: `top_logprobs`), None for none.
+    `sampling_params.logprobs` carries the endpoint's wish for logprobs (chat: `top_logprobs`), None for none. `row_id`:
+    see `row_ids.py`.
     """
 
     line_number: int
@@ -61,6 +63,7 @@ class BatchRow:
     prompt: str | list[int] | None = None
     messages: list[Message] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    row_id: str = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class RowError:
     message: str
     param: str | None = None
     status_code: int = 400
+    row_id: str = field(kw_only=True)
 
 
 class _RowRefusedError(Exception):
@@ -203,11 +207,12 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def parse_line(line: bytes, line_number: int, *, defaults: Mapping[str, Any]) -> BatchRow | RowError:
-    """Reads one line. Uniqueness of the custom id is the reader's to check: one line cannot know.
+    """Reads one line, given without white space around it. Uniqueness of the custom id is the reader's to check.
 
     `defaults` are sampling parameters that hold where a row says nothing, as a model's generation_config.json has them.
     """
     custom_id: str | None = None
+    identity = row_id(line)
     try:
         record = _parse_object(line)
         custom_id = _custom_id(record)
@@ -222,18 +227,19 @@ def parse_line(line: bytes, line_number: int, *, defaults: Mapping[str, Any]) ->
             prompt=_prompt(body) if endpoint is Endpoint.COMPLETIONS else None,
             messages=_messages(body) if endpoint is Endpoint.CHAT else None,
             chat_template_kwargs=_chat_template_kwargs(body),
+            row_id=identity,
         )
     except _RowRefusedError as refusal:
-        return row_error(line_number, custom_id, refusal.code, str(refusal), param=refusal.param)
+        return row_error(line_number, custom_id, refusal.code, str(refusal), param=refusal.param, row_id=identity)
 
 
 def row_error(
-    line_number: int, custom_id: str | None, code: ErrorCode, message: str, *, param: str | None = None
+    line_number: int, custom_id: str | None, code: ErrorCode, message: str, *, param: str | None = None, row_id: str
 ) -> RowError:
     """A RowError whose message says the line, and stays short whatever the row holds."""
     if len(message) > _LONGEST_ERROR_CHARACTERS:
         message = message[:_LONGEST_ERROR_CHARACTERS] + "..."
-    return RowError(line_number, custom_id, code.value, f"line {line_number}: {message}", param)
+    return RowError(line_number, custom_id, code.value, f"line {line_number}: {message}", param, row_id=row_id)
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:

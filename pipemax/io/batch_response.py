@@ -3,6 +3,8 @@
     {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null}     answered, or refused (4xx)
     {"id", "custom_id", "response": null, "error": {"code", "message"}}                       failed inside the engine
 
+The `id` is the row's id (`row_ids.py`): a job that is started again knows its rows by it.
+
 What lives here: turning a finished request into such a line. Never here: where lines go (`output_journal.py`).
 """
 
@@ -36,7 +38,7 @@ def answer_line(row: BatchRow, output: RequestOutput, *, model_name: str, create
             "total_tokens": len(output.prompt_token_ids) + len(completion.token_ids),
         },
     }
-    return _response_line(row.custom_id, status_code=200, body=body)
+    return _response_line(row.row_id, row.custom_id, status_code=200, body=body)
 
 
 def refusal_line(error: RowError) -> bytes:
@@ -49,18 +51,18 @@ def refusal_line(error: RowError) -> bytes:
             "code": error.code,
         }
     }
-    return _response_line(error.custom_id, status_code=error.status_code, body=body)
+    return _response_line(error.row_id, error.custom_id, status_code=error.status_code, body=body)
 
 
-def failure_line(custom_id: str, *, code: str, message: str) -> bytes:
+def failure_line(row: BatchRow, *, code: str, message: str) -> bytes:
     """The error file's line of a request that was right, and failed all the same."""
     error = {"code": code, "message": message}
-    return _line({"id": _new_id("batch_req_"), "custom_id": custom_id, "response": None, "error": error})
+    return _line({"id": row.row_id, "custom_id": row.custom_id, "response": None, "error": error})
 
 
-def _response_line(custom_id: str | None, *, status_code: int, body: dict[str, Any]) -> bytes:
+def _response_line(row_id: str, custom_id: str | None, *, status_code: int, body: dict[str, Any]) -> bytes:
     response = {"status_code": status_code, "request_id": _new_id("req_"), "body": body}
-    return _line({"id": _new_id("batch_req_"), "custom_id": custom_id, "response": response, "error": None})
+    return _line({"id": row_id, "custom_id": custom_id, "response": response, "error": None})
 
 
 def _new_id(prefix: str) -> str:

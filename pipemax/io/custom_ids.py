@@ -1,4 +1,4 @@
-"""`CustomIdIndex`: which custom ids a batch file has used so far, exactly, in flat memory.
+"""`CustomIdIndex`: which custom ids a batch file has used so far, and which lines have none; exact, in flat memory.
 
 A private SQLite database does it: it lives in a few MiB of page cache, spills to an unnamed temporary file when it
 outgrows them, and is gone when it is closed. A set of strings would take about 100 bytes a row for the whole job, a
@@ -7,6 +7,7 @@ Bloom filter or a hash would now and then call a new id a duplicate. What never 
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from types import TracebackType
 
@@ -23,6 +24,7 @@ class CustomIdIndex:
         for pragma in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_PAGE_CACHE_KIB}"):
             self._database.execute(f"PRAGMA {pragma}")
         self._database.execute("CREATE TABLE seen (custom_id BLOB PRIMARY KEY, line INTEGER NOT NULL) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE nameless (digest BLOB PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID")
         self._database.execute("BEGIN")  # one transaction for good: nothing has to survive
 
     def add(self, custom_id: str, line_number: int) -> int | None:
@@ -33,6 +35,15 @@ class CustomIdIndex:
             return None
         (first_line,) = self._database.execute("SELECT line FROM seen WHERE custom_id = ?", (key,)).fetchone()
         return int(first_line)
+
+    def count_nameless(self, line: bytes) -> int:
+        """Notes a line without a custom id of its own. Gives how many of that content there have been by now."""
+        digest = hashlib.blake2b(line, digest_size=16).digest()
+        cursor = self._database.execute(
+            "INSERT INTO nameless VALUES (?, 1) ON CONFLICT DO UPDATE SET count = count + 1 RETURNING count", (digest,)
+        )
+        (count,) = cursor.fetchone()
+        return int(count)
 
     def close(self) -> None:
         self._database.close()

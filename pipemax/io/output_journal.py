@@ -6,8 +6,9 @@
     row    |--|  |--|      |--|
     sync         ------|        ------|         on a thread of its own: rows never wait for the disk
 
-A row that does not fit (disk full) is taken back, so that the file always ends with a whole line. Never here: what a
-row says.
+A row that does not fit (disk full) is taken back, so that the file always ends with a whole line. Where that could not
+be (the process was killed inside a write, the machine lost power), `recover` cuts the torn end off before rows are
+added again. Never here: what a row says.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 _SYNC_INTERVAL_SECONDS = 1.0
+_SEARCHED_AT_ONCE_BYTES = 1 << 16
 
 
 class OutputJournal:
@@ -52,11 +54,26 @@ class OutputJournal:
             raise OSError(error.errno, "another job is writing to it", str(self.path)) from None
         except OSError:  # a file system without locks
             pass
+        try:
+            sync_folder(self.path.parent)
+        except OSError:
+            os.close(descriptor)
+            raise
         self._descriptor = descriptor
         self._end_bytes = os.fstat(descriptor).st_size
-        _sync_folder(self.path.parent)
         self._syncer = threading.Thread(target=self._sync_while_open, name=f"sync {self.path.name}", daemon=True)
         self._syncer.start()
+
+    def recover(self) -> int:
+        """Opens the file and cuts off what follows the last newline. Gives the bytes cut off. Raises OSError."""
+        self.create()
+        assert self._descriptor is not None
+        torn_bytes = self._end_bytes - _end_of_last_line(self.path, self._end_bytes)
+        if torn_bytes:
+            os.ftruncate(self._descriptor, self._end_bytes - torn_bytes)
+            os.fsync(self._descriptor)
+            self._end_bytes -= torn_bytes
+        return torn_bytes
 
     def clear(self) -> None:
         """Throws away what the file holds. Raises OSError, also when another job has it open."""
@@ -126,13 +143,27 @@ class OutputJournal:
             raise _named(self._sync_error, self.path)
 
 
+def _end_of_last_line(path: Path, size_bytes: int) -> int:
+    """Where the last whole line ends; lines may be of any length."""
+    with path.open("rb") as file:
+        end = size_bytes
+        while end > 0:
+            start = max(0, end - _SEARCHED_AT_ONCE_BYTES)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
+
+
 def _write_all(descriptor: int, line: bytes) -> None:
     rest = memoryview(line)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """A new file's name is safe only when its folder is."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

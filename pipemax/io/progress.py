@@ -37,11 +37,15 @@ class ProgressStyle(enum.StrEnum):
 
 @dataclass(slots=True)
 class JobCounts:
-    """What has come of a job's rows so far. Tokens are those of answered rows."""
+    """What has come of a job's rows so far. Tokens are those of rows that this run answered.
+
+    `earlier_rows` of the answered and failed ones were done when this run began.
+    """
 
     total_rows: int
     answered_rows: int = 0
     failed_rows: int = 0
+    earlier_rows: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
 
@@ -102,7 +106,8 @@ class ProgressDisplay:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=Console(file=self._stream), auto_refresh=False) as progress:
-            task = progress.add_task("rows", total=self._counts.total_rows, failed=0, rate=0.0)
+            counts = self._counts
+            task = progress.add_task("rows", total=counts.total_rows, completed=counts.earlier_rows, failed=0, rate=0.0)
             closing = False
             while not closing:
                 closing = self._closing.wait(_BAR_INTERVAL_SECONDS)

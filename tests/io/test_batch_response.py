@@ -5,11 +5,19 @@ import math
 
 from pipemax.io.batch_request import BatchRow, Endpoint, RowError
 from pipemax.io.batch_response import answer_line, failure_line, refusal_line
+from pipemax.io.row_ids import row_id
 from pipemax.request import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
 
 
 def answer(endpoint, *, text="Paris é", token_ids=(5, 6), logprobs=None, num_top=None, custom_id="a"):
-    row = BatchRow(3, custom_id, endpoint, SamplingParams(logprobs=num_top), prompt="x")
+    row = BatchRow(
+        3,
+        custom_id,
+        endpoint,
+        SamplingParams(logprobs=num_top),
+        prompt="x",
+        row_id=row_id(custom_id.encode("utf-8", "surrogatepass")),
+    )
     completion = CompletionOutput(0, text, list(token_ids), FinishReason.STOP, logprobs=logprobs)
     output = RequestOutput("a", "x", [1, 2, 3], [completion])
     line = answer_line(row, output, model_name="tiny", created_seconds=1_700_000_000)
@@ -90,8 +98,10 @@ def test_completion_logprobs_include_the_sampled_token():
 
 
 def test_refusal():
-    record = json.loads(refusal_line(RowError(4, "a", "invalid_value", "line 4: top_p must be ...", "top_p")))
-    check_envelope(record, status_code=400)
+    record = json.loads(
+        refusal_line(RowError(4, "a", "invalid_value", "line 4: top_p must be ...", "top_p", row_id="r"))
+    )
+    assert record["id"] == "r" and record["response"]["status_code"] == 400 and record["error"] is None
     assert record["custom_id"] == "a"
     assert record["response"]["body"] == {
         "error": {
@@ -101,16 +111,17 @@ def test_refusal():
             "code": "invalid_value",
         }
     }
-    assert json.loads(refusal_line(RowError(4, None, "invalid_json_line", "x")))["custom_id"] is None
+    assert json.loads(refusal_line(RowError(4, None, "invalid_json_line", "x", row_id="r")))["custom_id"] is None
 
 
 def test_failure():
-    record = json.loads(failure_line("a", code="row_failed", message="not a number"))
+    row = BatchRow(3, "a", Endpoint.CHAT, SamplingParams(), prompt="x", row_id="r")
+    record = json.loads(failure_line(row, code="row_failed", message="not a number"))
     assert list(record) == ["id", "custom_id", "response", "error"]
-    assert record["response"] is None and record["error"] == {"code": "row_failed", "message": "not a number"}
+    assert (record["id"], record["custom_id"], record["response"]) == ("r", "a", None)
+    assert record["error"] == {"code": "row_failed", "message": "not a number"}
 
 
-def test_ids_are_unique_and_half_a_surrogate_pair_survives():
-    first, second = answer(Endpoint.CHAT, custom_id="\ud800é"), answer(Endpoint.CHAT)
-    assert first["id"] != second["id"]
+def test_half_a_surrogate_pair_survives():
+    first = answer(Endpoint.CHAT, custom_id="\ud800é")
     assert first["custom_id"] == "\ud800é"
