@@ -150,7 +150,8 @@ def main() -> None:
                     began = time.monotonic()
                     steps.append(worker.run_step(plan))
                     issue_seconds.append(time.monotonic() - began)
-                finished = [step.report().finished_seconds for step in steps]
+                finished = np.array([step.report().finished_seconds for step in steps])
+                step_seconds = np.diff(finished)[WARM_UP_STEPS:-ISSUE_STEPS]
                 results.append(
                     {
                         "variant": name,
@@ -158,9 +159,7 @@ def main() -> None:
                         "rows": num_rows,
                         "keys_per_row": arguments.keys,
                         "issue_milliseconds": round(1e3 * statistics.median(issue_seconds[-ISSUE_STEPS:]), 3),
-                        "step_milliseconds": round(
-                            1e3 * statistics.median(np.diff(finished)[WARM_UP_STEPS:-ISSUE_STEPS]), 3
-                        ),
+                        "step_milliseconds": round(1e3 * statistics.median(step_seconds), 3),
                         "prepare_seconds": round(prepare_seconds, 1),
                     }
                 )

@@ -44,7 +44,8 @@ class Window:
 
     def assign(self, tables: Sequence[BlockTable]) -> WindowCopies:
         """Gives every absent block of the tables a slot (`BlockTable.window_slots`), and says what must be copied."""
-        wanted = [(table, table.absent_blocks()) for table in tables]
+        # In most steps most tables have none: they cost nothing here.
+        wanted = [(table, table.absent_blocks()) for table in tables if table.num_absent]
         assert sum(len(blocks) for _, blocks in wanted) <= len(self._slots), "more absent blocks than window slots"
         taken = np.zeros(len(self._slots), dtype=np.bool_)
         missing = []
