@@ -53,7 +53,7 @@ def print_report(
     )
     if any(result.is_rough for result in results):
         console.print(
-            "~ the sample hardly fills the batches, so that these rest on a sum more than on a run: raise --max-requests",
+            "~ the sample hardly fills the batches: these rest on a sum more than on a run; raise --max-requests",
             highlight=False,
         )
     for outcome in outcomes:

@@ -42,7 +42,12 @@ _TOKEN = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineSettings:
-    """What an engine is started with; names as in `EngineConfig`. Bytes are of one element."""
+    """What an engine is started with; names as in `EngineConfig`. Bytes are of one element.
+
+    num_window_blocks    None: what the link brings up during a decode step; 0: prefilled requests may wait in host
+                         memory, and no block of a running one travels
+    correct_estimates    whether the scheduler learns from steps as they finish
+    """
 
     phase_policy: PhasePolicyName
     kv_offload: KVOffload
@@ -50,6 +55,8 @@ class PipelineSettings:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     async_scheduling: bool = True
+    num_window_blocks: int | None = None
+    correct_estimates: bool = True
     dtype_bytes: int = 2
     kv_dtype_bytes: int = 2
 
@@ -171,7 +178,8 @@ def plan_pipeline(
         lengths=lengths,
         host_link=host_link,
     )
-    window_blocks = min(state.window_blocks, capacity.num_device_blocks - 1)
+    window_blocks = state.window_blocks if settings.num_window_blocks is None else settings.num_window_blocks
+    window_blocks = min(window_blocks, capacity.num_device_blocks - 1)
     return PipelinePlan(stages, dataclasses.replace(capacity, num_window_blocks=window_blocks), cost, state)
 
 
@@ -211,7 +219,11 @@ def simulate_pipeline(
         async_scheduling=settings.async_scheduling,
         phase_policy=settings.phase_policy,
         forecast=Forecast(
-            cost=plan.cost, stages=plan.stages, link=server.host_link, block_bytes=plan.capacity.block_bytes
+            cost=plan.cost,
+            stages=plan.stages,
+            link=server.host_link,
+            block_bytes=plan.capacity.block_bytes,
+            learn=settings.correct_estimates,
         ),
         kv_offload=settings.kv_offload,
     )
