@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from pipemax.cuda_options import AttentionChoice, CudaOptions
 
+# Longer than any step, or any part of loading without a sign of life, that has been seen.
+DEFAULT_STALL_SECONDS = 600.0
+
 
 class ConfigError(ValueError):
     """The settings cannot work. The message names the setting and the fix; nothing has been started yet."""
@@ -56,6 +59,7 @@ class EngineConfig:
     async_scheduling             plan a batch's next step before the tokens of its last one are known
     kv_offload                   "on" | "off": whether KV may live in host memory
     phase_policy                 "auto" | "mixed" | "disaggregated": how prefill and decode share the steps
+    stall_seconds                a pipeline in which nothing gets on for so long is ended
     threads_per_stage            CPU threads of a stage; default: cores divided by stages
     gpu_memory_utilization       share of each GPU's memory that weights, KV cache and the rest may take together
     attention_backend            "auto" | "flashinfer" | "reference", on a GPU
@@ -85,6 +89,7 @@ class EngineConfig:
     kv_offload: KVOffload = KVOffload.ON
     phase_policy: PhasePolicyName = PhasePolicyName.AUTO
     threads_per_stage: int | None = None
+    stall_seconds: float = DEFAULT_STALL_SECONDS
     gpu_memory_utilization: float = 0.97
     attention_backend: AttentionChoice = AttentionChoice.AUTO
     fused_layers: bool = True
@@ -108,6 +113,8 @@ class EngineConfig:
         positive("max_num_seqs")
         positive("max_num_batched_tokens")
         positive("threads_per_stage", optional=True)
+        if not self.stall_seconds > 0:
+            raise ConfigError(f"stall_seconds must be above 0, got {self.stall_seconds!r}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

@@ -67,6 +67,11 @@ _FLAGS = {
     "max_num_seqs": _Flag(_PIPELINE, "ROWS", "Most rows in one step of one batch."),
     "max_num_batched_tokens": _Flag(_PIPELINE, "TOKENS", "Most prompt tokens in one prefill step."),
     "threads_per_stage": _Flag(_PIPELINE, "N", "CPU threads of a stage.", default="cores divided by stages"),
+    "stall_seconds": _Flag(
+        _PIPELINE,
+        "SECONDS",
+        "A pipeline in which nothing gets on for so long is ended, with the stacks of its processes.",
+    ),
     "async_scheduling": _Flag(_SWITCHES, None, "Plan a batch's next step before the tokens of its last one are known."),
     "phase_policy": _Flag(
         _PIPELINE,

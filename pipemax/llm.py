@@ -110,6 +110,7 @@ class LLM:
             max_num_batched_tokens=config.max_num_batched_tokens,
             kv_offload=config.kv_offload,
             threads_per_stage=config.threads_per_stage,
+            stall_seconds=config.stall_seconds,
             cuda=config.cuda_options,
         )
         capacity = self._executor.capacity

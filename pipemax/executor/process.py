@@ -5,7 +5,8 @@
     wait   <--in plan order-- report pipes <-- a report a stage and step
 
 A result comes out when every stage has reported its step. A stage that fails or dies ends all of them, and the caller
-gets an ExecutorError that names it. Stage processes come from a fork server that has the heavy modules imported.
+gets an ExecutorError that names it. So it does when nothing gets on for `stall_seconds` (`watchdog.py`), with the
+stacks of all processes. Stage processes come from a fork server that has the heavy modules imported.
 
 Here live processes and what becomes of them. Never here: what a stage does (`worker/`), how much memory it gets
 (`sizing.py`).
@@ -17,7 +18,6 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
 import tempfile
 import time
@@ -33,14 +33,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from pipemax.config import ConfigError, KVOffload, LoadFormat
+from pipemax.config import DEFAULT_STALL_SECONDS, ConfigError, KVOffload, LoadFormat
 from pipemax.cuda_options import CudaOptions
 from pipemax.executor.base import ExecutorError
+from pipemax.executor.exit_reason import describe_exit, memory_kills
 from pipemax.executor.sizing import KVWishes, available_cores, free_host_bytes, size_kv
+from pipemax.executor.stacks import StackSource, gather_stacks, process_state
+from pipemax.executor.watchdog import Watchdog
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import Capacity, Int64Array, StepPlan, StepResult
 
 if TYPE_CHECKING:
+    from pipemax.worker.pulse import StageBeat
     from pipemax.worker.stage_process import StageFailure, StageSettings
     from pipemax.worker.stage_worker import StageReport
 
@@ -52,6 +56,7 @@ _SERVER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 # When a stage dies, the others fail over broken links at the same moment; the cause may be told a little later.
 _DIAGNOSIS_SECONDS = 1.0
 _POLITE_SECONDS = 1.0
+_BEAT_SECONDS = 1.0
 
 _Message = TypeVar("_Message")
 
@@ -64,18 +69,25 @@ class _Stage:
     process: ForkServerProcess
     control: Connection
     reports: Connection
+    stacks: Connection
 
 
 class _StageGroup:
     """All stage processes: they live and end together."""
 
-    def __init__(self, settings: Sequence[StageSettings]) -> None:
+    def __init__(self, settings: Sequence[StageSettings], *, stall_seconds: float) -> None:
         self._owner_pid = os.getpid()
         self._stages: list[_Stage] = []
         self._failures: dict[int, StageFailure] = {}
         self._exit_codes: dict[int, int] = {}
         self._broken = False
         self._error: ExecutorError | ConfigError | None = None
+        self._beats: dict[int, StageBeat] = {}
+        self._heard_seconds: dict[int, float] = {}
+        self._stall: ExecutorError | None = None
+        self._stall_seconds = stall_seconds
+        self._memory_kills_before = memory_kills()
+        self._watchdog = Watchdog(stall_seconds=stall_seconds, on_stall=self._break_stall)
         try:
             for one in settings:
                 self._stages.append(_start_stage(one))
@@ -86,8 +98,10 @@ class _StageGroup:
     def send(self, message: bytes) -> None:
         """The same bytes to every stage. Raises ExecutorError when one is gone."""
         try:
-            for stage in self._stages:
-                stage.control.send_bytes(message)
+            with self._watchdog.watch():
+                for stage in self._stages:
+                    stage.control.send_bytes(message)
+                    self._watchdog.progress()
         except OSError:
             raise self._end_and_explain() from None
 
@@ -95,14 +109,14 @@ class _StageGroup:
         """Blocks until a stage has said something; (stage, message) pairs, in order for each stage.
 
         Raises ConfigError when a stage found the user's settings or files at fault, ExecutorError when one has failed
-        or died; all stages have been ended then.
+        or died or nothing has got on for too long; all stages have been ended then.
         """
-        while True:
-            if self._broken:
-                raise self._end_and_explain()
-            messages = self._receive_until(None)
-            if messages:
-                return messages
+        with self._watchdog.watch():
+            while not self._broken:
+                messages = self._receive_until(None)
+                if messages:
+                    return messages
+        raise self._end_and_explain()
 
     def collect(self, kind: type[_Message]) -> list[_Message]:
         """One message of this kind from every stage, in stage order. Raises as `receive` does."""
@@ -114,22 +128,24 @@ class _StageGroup:
         return [got[index] for index in range(len(self._stages))]
 
     def end(self) -> None:
-        """Ends every process: by closing its pipe, else by signals. Idempotent; never raises."""
+        """Ends every process: by closing its pipe, else by SIGKILL. Idempotent; never raises."""
         if os.getpid() != self._owner_pid:
             return  # a fork of the parent: the stages are not its own
+        self._watchdog.stop()
         for stage in self._stages:
             with contextlib.suppress(OSError):
                 stage.control.close()
-        for ask in (None, ForkServerProcess.terminate, ForkServerProcess.kill):
+        for by_force in (False, True):
             deadline = time.monotonic() + _POLITE_SECONDS
             for stage in self._stages:
-                if ask is not None and stage.process.exitcode is None:
-                    ask(stage.process)
+                if by_force and stage.process.exitcode is None:
+                    stage.process.kill()
             for stage in self._stages:
                 stage.process.join(max(0.0, deadline - time.monotonic()))
         for stage in self._stages:
             with contextlib.suppress(OSError):
                 stage.reports.close()
+                stage.stacks.close()
 
     def _receive_until(self, deadline_seconds: float | None) -> list[tuple[int, object]]:
         """What stages have said, waiting for it if need be; notes failures and ends."""
@@ -152,6 +168,7 @@ class _StageGroup:
 
     def _drain(self, stage: _Stage, messages: list[tuple[int, object]]) -> bool:
         """Takes all that the stage has said so far; False when it will say no more."""
+        from pipemax.worker.pulse import StageBeat
         from pipemax.worker.stage_process import StageFailure
 
         if stage.reports.closed:
@@ -162,14 +179,46 @@ class _StageGroup:
                 if isinstance(message, StageFailure):
                     self._failures[stage.index] = message
                     return False
-                messages.append((stage.index, message))
+                self._heard_seconds[stage.index] = time.monotonic()
+                if isinstance(message, StageBeat):
+                    self._note_beat(stage.index, message)
+                else:
+                    self._watchdog.progress()
+                    messages.append((stage.index, message))
         except (EOFError, OSError):
             stage.reports.close()
             return False
         return True
 
+    def _note_beat(self, index: int, beat: StageBeat) -> None:
+        last = self._beats.get(index)
+        if last is None or beat.count != last.count:
+            self._watchdog.progress()
+        self._beats[index] = beat
+
+    def _break_stall(self) -> None:
+        """On the watchdog's thread: notes what every process is at, and kills the stages, which frees who waits."""
+        now_seconds = time.monotonic()
+        what = "; ".join(self._describe(stage, now_seconds) for stage in self._stages)
+        sources = [StackSource(f"stage {s.index}", s.process.pid, s.stacks) for s in self._stages if s.process.pid]
+        self._stall = ExecutorError(
+            f"the pipeline hangs: nothing got on for {self._stall_seconds:g} s ({what})", details=gather_stacks(sources)
+        )
+        for stage in self._stages:
+            stage.process.kill()
+
+    def _describe(self, stage: _Stage, now_seconds: float) -> str:
+        beat, heard_seconds = self._beats.get(stage.index), self._heard_seconds.get(stage.index)
+        what = f"stage {stage.index} {'starting' if beat is None else beat.doing}"
+        if heard_seconds is None or now_seconds - heard_seconds > self._stall_seconds / 2:
+            state = process_state(stage.process.pid) if stage.process.pid else "gone"
+            what += f", without a sign of life, its process is {state}"
+        return what
+
     def _end_and_explain(self) -> ExecutorError | ConfigError:
         """Finds out which stage was the first to go and why, and ends them all."""
+        if self._error is None:
+            self._error = self._stall
         deadline = time.monotonic() + _DIAGNOSIS_SECONDS
         while self._error is None and time.monotonic() < deadline:
             self._receive_until(min(deadline, time.monotonic() + 0.05))
@@ -188,7 +237,10 @@ class _StageGroup:
             if failure is not None and not failure.is_echo:
                 return _stage_error(stage.index, failure)
             if failure is None and code is not None:
-                return ExecutorError(f"stage {stage.index} {_describe_exit(code)}")
+                reason = describe_exit(
+                    code, memory_kills_before=self._memory_kills_before, memory_kills_now=memory_kills()
+                )
+                return ExecutorError(f"stage {stage.index} {reason}")
         return None
 
     def _cause_of_last_resort(self) -> ExecutorError:
@@ -241,6 +293,7 @@ class ProcessExecutor:
         max_num_batched_tokens: int = 2048,
         kv_offload: KVOffload = KVOffload.ON,
         threads_per_stage: int | None = None,
+        stall_seconds: float = DEFAULT_STALL_SECONDS,
         cuda: CudaOptions | None = None,
     ) -> ProcessExecutor:
         """Starts and loads all stages; parameters are named and meant as in `EngineConfig`. `spec` is the model's.
@@ -280,10 +333,12 @@ class ProcessExecutor:
                         environment=dict(os.environ),
                         max_num_seqs=max_num_seqs,
                         max_num_batched_tokens=max_num_batched_tokens,
+                        beat_seconds=min(_BEAT_SECONDS, stall_seconds / 4),
                         cuda=cuda,
                     )
                     for index, layers in enumerate(layers_of)
-                ]
+                ],
+                stall_seconds=stall_seconds,
             )
             try:
                 loaded = stages.collect(StageLoaded)
@@ -399,9 +454,10 @@ def _start_stage(settings: StageSettings) -> _Stage:
     context = multiprocessing.get_context("forkserver")
     child_control, control = context.Pipe(duplex=False)
     reports, child_reports = context.Pipe(duplex=False)
+    stacks, child_stacks = context.Pipe(duplex=False)
     process = context.Process(
         target=run_stage_process,
-        args=(settings, child_control, child_reports),
+        args=(settings, child_control, child_reports, child_stacks),
         name=f"pipemax-stage-{settings.stage.stage}",
         daemon=True,
     )
@@ -411,12 +467,14 @@ def _start_stage(settings: StageSettings) -> _Stage:
     except BaseException:
         control.close()
         reports.close()
+        stacks.close()
         raise
     finally:
         # The child has its own; with these open here, neither side would see the other's end.
         child_control.close()
         child_reports.close()
-    return _Stage(settings.stage.stage, process, control, reports)
+        child_stacks.close()
+    return _Stage(settings.stage.stage, process, control, reports, stacks)
 
 
 @contextlib.contextmanager
@@ -436,13 +494,3 @@ def _main_module_hidden() -> Iterator[None]:
 def _stage_error(index: int, failure: StageFailure) -> ExecutorError:
     lines = failure.message.splitlines() or [""]
     return ExecutorError(f"stage {index} failed: {lines[0]}", details=failure.traceback)
-
-
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was killed by {name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

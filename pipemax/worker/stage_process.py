@@ -2,6 +2,7 @@
 
     control pipe --> reader thread --> queue --> StageWorker.run_step --> report pipe
                         | end of file: the parent is gone or wants no more; the process ends at once
+                                                 pulse thread: a beat a second --> report pipe
 
 Here live the messages between a stage process and its executor, and the process's life. Never here: what a step does.
 """
@@ -24,13 +25,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from pipemax.attention.base import AttentionBackend
 from pipemax.attention.reference import ReferenceAttention
 from pipemax.config import ConfigError, LoadFormat
 from pipemax.cuda_options import CudaOptions
+from pipemax.kv.geometry import KVGeometry
 from pipemax.plan import StepPlan
-from pipemax.worker.device import open_device, set_threads
+from pipemax.worker.device import Device, open_device, set_threads
 from pipemax.worker.kv_store import KVStore
+from pipemax.worker.pulse import Pulse, dump_stacks_on_signal
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.stage_worker import RunningStep, StageWorker
 from pipemax.worker.transport import LinkError, LinkMedium, StageLinks
@@ -74,7 +79,8 @@ class KVSize:
 class StageSettings:
     """What a stage process has to know before it is sent anything. `environment` is the parent's.
 
-    `max_num_seqs` and `max_num_batched_tokens` bound a step; a GPU's warm-up runs one of that size.
+    `max_num_seqs` and `max_num_batched_tokens` bound a step; a GPU's warm-up runs one of that size. `beat_seconds` is
+    the time between two beats.
     """
 
     stage: StageSlice
@@ -91,28 +97,46 @@ class StageSettings:
     environment: Mapping[str, str]
     max_num_seqs: int
     max_num_batched_tokens: int
+    beat_seconds: float
     cuda: CudaOptions
 
 
-def run_stage_process(settings: StageSettings, control: Connection, reports: Connection) -> None:
+class _Reports:
+    """The report pipe, for several threads."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, message: object) -> None:
+        with self._lock:
+            self._pipe.send(message)
+
+
+def run_stage_process(
+    settings: StageSettings, control: Connection, report_pipe: Connection, stacks: Connection
+) -> None:
     """Entry of a stage process: loads, takes its KV size, then runs plans until the control pipe ends.
 
-    Messages on `control`: a KVSize, then StepPlans, pickled. On `reports`: StageLoaded, StageReady, StageReports, or a
-    StageFailure before the process ends with exit code 1.
+    Messages on `control`: a KVSize, then StepPlans, pickled. On `report_pipe`: StageLoaded, StageReady, StageReports,
+    StageBeats in between, or a StageFailure before the process ends with exit code 1. On `stacks`: text, on SIGUSR1.
     """
     os.environ.clear()
     os.environ.update(settings.environment)
+    dump_stacks_on_signal(stacks)
     _quiet_process()
+    reports, pulse = _Reports(report_pipe), Pulse()
+    pulse.start_beating(reports.send, interval_seconds=settings.beat_seconds)
     set_threads(settings.num_threads)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_control, args=(control, inbox), name="control", daemon=True).start()
     try:
-        _serve(settings, inbox, reports)
+        _serve(settings, inbox, reports, pulse)
     except BaseException as error:
         _fail(error, reports)
 
 
-def _fail(error: BaseException, reports: Connection) -> NoReturn:
+def _fail(error: BaseException, reports: _Reports) -> NoReturn:
     """Says why and ends the process; from any thread."""
     failure = StageFailure(
         message=str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}",
@@ -126,9 +150,11 @@ def _fail(error: BaseException, reports: Connection) -> NoReturn:
     os._exit(1)
 
 
-def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Connection) -> None:
+def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _Reports, pulse: Pulse) -> None:
     stage = settings.stage
+    pulse.loads("opening its device")
     device = open_device(settings.device, index=settings.cuda.device_of_stage(stage.stage))
+    pulse.loads("connecting to the other stages")
     links = StageLinks(
         stage=stage.stage,
         num_stages=stage.num_stages,
@@ -136,6 +162,7 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Co
         device=device.torch_device,
         medium=_link_medium(settings),
     )
+    pulse.loads("loading weights")
     model = StageModel.load(
         model_dir=settings.model_dir,
         stage=stage,
@@ -146,20 +173,15 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Co
         trust_remote_code=settings.trust_remote_code,
         max_model_len=settings.max_model_len,
     )
+    pulse.loads("preparing its device")
     backend, free_device_bytes = _prepare(settings, model)
     geometry = model.spec.kv_geometry(block_size=settings.block_size, dtype_bytes=model.dtype.itemsize)
     reports.send(StageLoaded(geometry.block_bytes(stage.layers), free_device_bytes))
+    pulse.loads("waiting for the other stages to load")
     size = pickle.loads(inbox.get())
     assert isinstance(size, KVSize)
-    store = KVStore(
-        geometry=geometry,
-        layers=stage.layers,
-        num_device_blocks=size.num_device_blocks,
-        num_host_blocks=size.num_host_blocks,
-        dtype=model.dtype,
-        device=device.torch_device,
-        allocate_home=device.allocate_home,
-    )
+    pulse.loads("allocating KV memory")
+    store = _allocate(size, geometry, stage.layers, model.dtype, device)
     worker = StageWorker(
         stage=stage,
         model=model,
@@ -168,12 +190,35 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: Co
         block_size=settings.block_size,
         backend=backend,
         links=links,
+        pulse=pulse,
     )
+    pulse.wait()
     reports.send(StageReady())
     if device.torch_device.type == "cpu":
-        _run_plans(worker, inbox, lambda step: reports.send(step.report()))
+        _run_plans(worker, inbox, lambda step: reports.send(step.report()), pulse)
     else:
-        _run_plans(worker, inbox, _start_reporter(reports))
+        _run_plans(worker, inbox, _start_reporter(reports), pulse)
+
+
+def _allocate(size: KVSize, geometry: KVGeometry, layers: range, dtype: torch.dtype, device: Device) -> KVStore:
+    """Raises ConfigError when memory that was free a moment ago is not to be had."""
+    try:
+        return KVStore(
+            geometry=geometry,
+            layers=layers,
+            num_device_blocks=size.num_device_blocks,
+            num_host_blocks=size.num_host_blocks,
+            dtype=dtype,
+            device=device.torch_device,
+            allocate_home=device.allocate_home,
+        )
+    except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError and the CPU allocator's are the last
+        blocks = f"{size.num_device_blocks:,} blocks on the device and {size.num_host_blocks:,} in host memory"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"KV memory for {blocks} cannot be had: lower num_device_blocks (or gpu_memory_utilization) or "
+            f"host_memory_gib ({reason})"
+        ) from error
 
 
 def _link_medium(settings: StageSettings) -> LinkMedium:
@@ -198,7 +243,7 @@ def _prepare(settings: StageSettings, model: StageModel) -> tuple[AttentionBacke
     return backend, gpu_stage.kv_bytes(model.device, gpu_memory_utilization=settings.cuda.gpu_memory_utilization)
 
 
-def _start_reporter(reports: Connection) -> Callable[[RunningStep], None]:
+def _start_reporter(reports: _Reports) -> Callable[[RunningStep], None]:
     """A thread that waits for the device, so that the thread which issues steps never does."""
     running: queue.SimpleQueue[RunningStep] = queue.SimpleQueue()
 
@@ -213,12 +258,18 @@ def _start_reporter(reports: Connection) -> Callable[[RunningStep], None]:
     return running.put
 
 
-def _run_plans(worker: StageWorker, inbox: queue.SimpleQueue[bytes], report_on: Callable[[RunningStep], None]) -> None:
+def _run_plans(
+    worker: StageWorker,
+    inbox: queue.SimpleQueue[bytes],
+    report_on: Callable[[RunningStep], None],
+    pulse: Pulse,
+) -> None:
     """Plans in order, each one's input awaited as soon as the plan is known. Ends only by an exception."""
     coming: deque[StepPlan] = deque()
     num_posted = 0
     while True:
         if not coming:
+            pulse.wait()
             coming.append(_as_plan(inbox.get()))
         with contextlib.suppress(queue.Empty):
             while True:
@@ -226,7 +277,9 @@ def _run_plans(worker: StageWorker, inbox: queue.SimpleQueue[bytes], report_on: 
         while num_posted < len(coming) and worker.post_input(coming[num_posted]):
             num_posted += 1
         num_posted -= 1
-        report_on(worker.run_step(coming.popleft()))
+        plan = coming.popleft()
+        pulse.begin_step(plan.step_id)
+        report_on(worker.run_step(plan))
 
 
 def _as_plan(message: bytes) -> StepPlan:
@@ -245,7 +298,10 @@ def _read_control(control: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
 
 
 def _quiet_process() -> None:
-    """Standard output belongs to the parent's user, Ctrl-C to the parent; a crash in native code leaves a traceback."""
+    """Standard output belongs to the parent's user, Ctrl-C to the parent; a crash in native code leaves a traceback.
+
+    SIGTERM is ignored too, since the fork server ignores it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     sys.stdout = sys.stderr

@@ -30,6 +30,7 @@ from pipemax.plan import Int32Array, Int64Array, NewRequest, StageTiming, StepPl
 from pipemax.worker.attention_hook import StepContext
 from pipemax.worker.device import Device, Mark
 from pipemax.worker.device_tokens import DeviceTokens
+from pipemax.worker.pulse import Pulse, PulsingFences
 from pipemax.worker.request_tokens import RequestTokens
 from pipemax.worker.sampler import SampledTokens, Sampler
 from pipemax.worker.stage_model import StageModel, StageSlice
@@ -129,6 +130,7 @@ class StageWorker:
         block_size: int,
         backend: AttentionBackend,
         links: StageLinks,
+        pulse: Pulse | None = None,
     ) -> None:
         self._stage = stage
         self._model = model
@@ -143,7 +145,8 @@ class StageWorker:
             layers=stage.layers,
             layers_per_copy=_GPU_LAYERS_PER_COPY if on_gpu else 1,
         )
-        self._context = StepContext(backend, pools, self._transfers)
+        fences = self._transfers if pulse is None else PulsingFences(self._transfers, pulse)
+        self._context = StepContext(backend, pools, fences)
         self._sampler = Sampler(vocab_size=model.spec.vocab_size, device=device.torch_device) if stage.is_last else None
         self._tokens = _token_store(device.torch_device) if stage.is_first else None
         self._awaited: deque[_AwaitedTokens] = deque()
