@@ -38,10 +38,11 @@ class ExitCode(enum.IntEnum):
     TERMINATED = 143
 
 
+_WATCHING = "Watching the job"
+
 app = typer.Typer(
     name="pipemax",
     help="Offline LLM inference at the highest throughput on servers whose GPUs have no fast interconnect.",
-    add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -196,6 +197,38 @@ def run_batch(
         ),
     ] = 5,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Trace of the steps, for ui.perfetto.dev (JSON).",
+            show_default="not written",
+            rich_help_panel=_WATCHING,
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Report of the job: one HTML page.",
+            show_default="not written",
+            rich_help_panel=_WATCHING,
+        ),
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            help="Serve metrics for Prometheus while the job runs.",
+            show_default="not served",
+            rich_help_panel=_WATCHING,
+            min=1,
+            max=65535,
+        ),
+    ] = None,
+    metrics_host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to serve them.", rich_help_panel=_WATCHING)
+    ] = "127.0.0.1",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks with errors.")] = False,
     engine: dict[str, Any],
 ) -> None:
@@ -209,6 +242,8 @@ def run_batch(
             raise ConfigError("--overwrite starts anew and --force-resume goes on: give one of them")
         from pipemax.config import EngineConfig
         from pipemax.io.progress import ProgressStyle
+        from pipemax.report.job_record import RecordWishes
+        from pipemax.report.metrics import MetricsAddress
         from pipemax.run_batch import BatchEngine, BatchFiles, ExistingOutput, JobRules, RowOrder, answer_settings
         from pipemax.run_batch import run_batch as run
 
@@ -232,6 +267,13 @@ def run_batch(
                 max_restarts=max_restarts,
             ),
             start_engine=start_engine,
+            wishes=RecordWishes(
+                trace=trace,
+                report=report,
+                metrics=None if metrics_port is None else MetricsAddress(metrics_host, metrics_port),
+                command=["pipemax", *sys.argv[1:]],
+                settings=engine,
+            ),
             progress_style=ProgressStyle.NONE if quiet else ProgressStyle.for_stream(sys.stderr),
             show_messages=not quiet,
             stderr=sys.stderr,

@@ -7,7 +7,7 @@
 The job keeps nothing but the rows that the engine has and has not given back. It can be killed at any moment: started
 again, it reads what its files hold (`io/done_rows.py`), makes sure that the rest belongs to it (`io/job_manifest.py`)
 and runs what is missing. When the pipeline fails, the job starts another one and runs the rows in flight again
-(`reruns.py`).
+(`reruns.py`). A `JobRecord` looks on all the time: progress, metrics, and at the end trace and report.
 
 What never lives here: the format of a line (`io/`), command line flags (`cli.py`), the engine (`llm.py`).
 """
@@ -37,6 +37,11 @@ from pipemax.io.job_manifest import JobManifest, Settings, manifest_path
 from pipemax.io.model_digest import model_digest
 from pipemax.io.output_journal import OutputJournal
 from pipemax.io.progress import JobCounts, ProgressDisplay, ProgressStyle
+from pipemax.observer import EngineObserver
+from pipemax.plan import Capacity
+from pipemax.report.html_report import JobOutcome
+from pipemax.report.job_record import JobRecord, RecordWishes
+from pipemax.report.row_log import RowLog
 from pipemax.request import GenerationError, RequestOutput
 from pipemax.reruns import Reruns
 
@@ -76,6 +81,11 @@ class BatchEngine(Protocol):
 
     @property
     def model_name(self) -> str: ...
+
+    @property
+    def capacity(self) -> Capacity: ...
+
+    def observe(self, observer: EngineObserver) -> None: ...
 
     def stream(self, requests: Iterable[GenerationRequest]) -> Iterator[RequestOutput]: ...
 
@@ -124,6 +134,22 @@ class BatchFiles:
                         "another, or give --overwrite"
                     )
         return cls(input_file, output_file, error_file, manifest)
+
+    def check_record(self, wishes: RecordWishes) -> None:
+        """Raises ConfigError for what would keep a trace, a report or metrics from being had later.
+
+        They replace older ones of the same name, but none of the job's own files.
+        """
+        for flag, path in (("--trace", wishes.trace), ("--report", wishes.report)):
+            if path is not None:
+                _check_target(flag, path)
+                for own in (self.input, self.answers, self.errors, self.manifest):
+                    if _same_file(path, own):
+                        raise ConfigError(f"{flag} {path} is a file of the job itself: choose another")
+        if wishes.trace is not None and wishes.report is not None and _same_file(wishes.trace, wishes.report):
+            raise ConfigError(f"--report {wishes.report} is the trace: choose another")
+        if wishes.metrics is not None:
+            wishes.metrics.check()
 
 
 def _check_input(path: Path) -> None:
@@ -211,6 +237,7 @@ def run_batch(
     files: BatchFiles,
     rules: JobRules,
     start_engine: Callable[[], BatchEngine],
+    wishes: RecordWishes,
     progress_style: ProgressStyle,
     show_messages: bool,
     stderr: TextIO,
@@ -219,9 +246,11 @@ def run_batch(
 
     Raises what `start_engine` raises at the first start; ConfigError when results that are there are not of this job;
     ExecutorError when the pipeline fails too often; TooManyFailedRowsError; OSError when a file fails; JobInterrupted
-    (a KeyboardInterrupt). Whatever ends the job, rows that were done are in their files by then, and the summary has
-    been shown.
+    (a KeyboardInterrupt). Whatever ends the job, rows that were done are in their files by then, the summary has been
+    shown, and trace and report are written.
     """
+    files.check_record(wishes)
+    record, problem = JobRecord(wishes), ""
 
     def tell(text: str) -> None:
         if show_messages:
@@ -234,6 +263,10 @@ def run_batch(
         if show_messages
         else "",
     )
+
+    def start_watched() -> BatchEngine:
+        return record.watch(start_engine())
+
     job: _Job | None = None
     with (
         interrupts,
@@ -253,7 +286,7 @@ def run_batch(
         if counts.total_rows:
             earlier = f", {counts.earlier_rows:,} of them done already" if counts.earlier_rows else ""
             tell(f"{counts.total_rows:,} rows in {files.input}{earlier}" + ("; loading the model" if to_run else ""))
-        engine = start_engine() if to_run else None
+        engine = start_watched() if to_run else None
         start_seconds = time.monotonic()
         try:
             try:
@@ -261,7 +294,7 @@ def run_batch(
                 if engine is not None:
                     job = _Job(
                         engine,
-                        start_engine,
+                        start_watched,
                         rows=BatchReader(files.input, defaults={}),
                         done=done,
                         answers=answers,
@@ -269,14 +302,23 @@ def run_batch(
                         counts=counts,
                         rules=rules,
                         interrupts=interrupts,
+                        log=record.rows,
                         tell=tell,
                     )
-                    with ProgressDisplay(counts, output_tokens=job.output_tokens, style=progress_style, stream=stderr):
+                    display = ProgressDisplay(counts, live=record.live, style=progress_style, stream=stderr)
+                    with record.serve_metrics(counts), display:
                         job.run()
+                problem = "interrupted" if interrupts.requested else ""
+            except BaseException as error:
+                problem = str(error) or type(error).__name__
+                raise
             finally:
                 answers.close()
                 errors.close()
                 tell(_summary(counts, time.monotonic() - start_seconds, job, files))
+                if engine is not None:
+                    title = f"{files.input.name} with {engine.model_name}"
+                    _write_record(record, _outcome(title, counts, problem), tell)
         finally:
             if job is not None:
                 job.end()
@@ -288,6 +330,27 @@ def run_batch(
                 if path.exists():
                     put_in_input_order(path, BatchReader(files.input, defaults={}))
     return counts
+
+
+def _outcome(title: str, counts: JobCounts, problem: str) -> JobOutcome:
+    return JobOutcome(
+        title=title,
+        total_rows=counts.total_rows,
+        answered_rows=counts.answered_rows,
+        failed_rows=counts.failed_rows,
+        earlier_rows=counts.earlier_rows,
+        problem=problem,
+    )
+
+
+def _write_record(record: JobRecord, outcome: JobOutcome, tell: Callable[[str], None]) -> None:
+    """Writes trace and report. Of a job that ended by an error that error is told, not one of these files."""
+    try:
+        for path in record.write(outcome):
+            tell(f"  written  {path}")
+    except OSError:
+        if not outcome.problem:
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +435,7 @@ class _Job:
         counts: JobCounts,
         rules: JobRules,
         interrupts: Interrupts,
+        log: RowLog,
         tell: Callable[[str], None],
     ) -> None:
         self._engine = engine
@@ -382,6 +446,7 @@ class _Job:
         self._counts = counts
         self._rules = rules
         self._interrupts = interrupts
+        self._log = log
         self._tell = tell
         self._new_rows = self._read_new_rows(rows)
         self._new_rows_left = True
@@ -400,10 +465,6 @@ class _Job:
                 self._start_again(error)
         if not self._interrupts.requested:
             self._write_condemned(at_end=True)
-
-    def output_tokens(self) -> int:
-        """Tokens generated so far, those of rows that ran in vain included."""
-        return self.totals().output_tokens
 
     def totals(self) -> _Totals:
         return self._past.plus(self._engine.stats())
@@ -433,6 +494,7 @@ class _Job:
                 self._new_rows_left = False
                 return
             self._in_flight[row.custom_id] = row
+            self._log.started(row.custom_id, now_seconds=time.monotonic())
             yield GenerationRequest(
                 request_id=row.custom_id,
                 sampling_params=row.sampling_params,
@@ -446,7 +508,8 @@ class _Job:
             if self._done.covers(row):
                 continue
             if isinstance(row, RowError):
-                self._fail(refusal_line(row))
+                self._log.refused(row.custom_id, code=row.code, message=row.message)
+                self._write_failed(refusal_line(row))
             else:
                 yield row
 
@@ -463,12 +526,12 @@ class _Job:
         if self._interrupts.requested:
             return
         for row in self._in_flight.values():
-            self._fail(failure_line(row, code="row_lost", message="the engine ended without an answer"))
+            self._fail(row, code="row_lost", message="the engine ended without an answer")
         self._in_flight.clear()
 
     def _settle(self, row: BatchRow, output: RequestOutput) -> None:
         if isinstance(output.error, GenerationError):
-            self._fail(failure_line(row, code="generation_failed", message=str(output.error)))
+            self._fail(row, code="generation_failed", message=str(output.error))
             return
         if output.error is not None:
             error = row_error(
@@ -479,21 +542,35 @@ class _Job:
                 param=output.error.param,
                 row_id=row.row_id,
             )
-            self._fail(refusal_line(error))
+            self._log.failed(row.custom_id, code=error.code, message=error.message)
+            self._write_failed(refusal_line(error))
             return
         self._answers.append(
             answer_line(row, output, model_name=self._engine.model_name, created_seconds=int(time.time()))
         )
+        completion = output.outputs[0]
+        prompt_tokens, output_tokens = len(output.prompt_token_ids), len(completion.token_ids)
         self._counts.answered_rows += 1
-        self._counts.prompt_tokens += len(output.prompt_token_ids)
-        self._counts.output_tokens += len(output.outputs[0].token_ids)
+        self._counts.prompt_tokens += prompt_tokens
+        self._counts.output_tokens += output_tokens
+        self._log.answered(
+            row.custom_id,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            finish_reason=str(completion.finish_reason),
+            now_seconds=time.monotonic(),
+        )
 
     def _write_condemned(self, *, at_end: bool) -> None:
         for condemned in self._reruns.take_condemned(at_end=at_end):
             message = f"the pipeline fails whenever this row runs: {condemned.error}"
-            self._fail(failure_line(condemned.row, code="pipeline_failed", message=message))
+            self._fail(condemned.row, code="pipeline_failed", message=message)
 
-    def _fail(self, line: bytes) -> None:
+    def _fail(self, row: BatchRow, *, code: str, message: str) -> None:
+        self._log.failed(row.custom_id, code=code, message=message)
+        self._write_failed(failure_line(row, code=code, message=message))
+
+    def _write_failed(self, line: bytes) -> None:
         self._errors.append(line)
         self._counts.failed_rows += 1
         _check_failed(self._counts, self._rules)
@@ -530,13 +607,11 @@ class _Job:
 class _Totals:
     """Counts over all engines of a job."""
 
-    output_tokens: int = 0
     blocks_sent_home: int = 0
     blocks_refilled: int = 0
 
     def plus(self, stats: EngineStats) -> _Totals:
         return _Totals(
-            self.output_tokens + stats.output_tokens,
             self.blocks_sent_home + stats.blocks_sent_home,
             self.blocks_refilled + stats.blocks_refilled,
         )

@@ -455,6 +455,7 @@ def test_output_of_an_older_start_with_another_error_file_is_found(tmp_path):
         files=files,
         rules=JobRules(settings={"model": "backwards"}),
         start_engine=job.start_engine,
+        wishes=job.wishes,
         progress_style=ProgressStyle.NONE,
         show_messages=False,
         stderr=io.StringIO(),

@@ -7,6 +7,7 @@ them in another order than they came, and gives wrong ones back with `error` set
 import io
 import json
 import os
+import socket
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,10 +15,14 @@ import pytest
 from pipemax.config import ConfigError
 from pipemax.executor.base import ExecutorError
 from pipemax.io.progress import ProgressStyle
+from pipemax.plan import Capacity
+from pipemax.report.job_record import RecordWishes
+from pipemax.report.metrics import MetricsAddress
 from pipemax.request import CompletionOutput, FinishReason, GenerationError, RequestError, RequestOutput
 from pipemax.run_batch import BatchFiles, ExistingOutput, JobRules, run_batch
 
 LOOK_AHEAD = 4
+CAPACITY = Capacity(2, 16, 100, 10, 1000, 4096)
 
 
 @dataclass
@@ -33,6 +38,7 @@ class BackwardsEngine:
 
     failing: dict[str, Exception] = field(default_factory=dict)
     model_name: str = "backwards"
+    capacity: Capacity = CAPACITY
     most_held: int = 0
     num_shutdowns: int = 0
     dropping: bool = False
@@ -40,6 +46,9 @@ class BackwardsEngine:
 
     def drop_queued(self):
         self.dropping = True
+
+    def observe(self, observer):
+        self.observer = observer
 
     def stream(self, requests):
         held = []
@@ -85,6 +94,7 @@ class Job:
         self.input.write_text("".join(line + "\n" for line in lines))
         self.engine = BackwardsEngine()
         self.num_starts = 0
+        self.wishes = RecordWishes()
         self.stderr = io.StringIO()
 
     def start_engine(self):
@@ -97,6 +107,7 @@ class Job:
             files=BatchFiles.check(self.input, self.output, None, existing=existing),
             rules=JobRules(existing=existing, **rules),
             start_engine=self.start_engine,
+            wishes=self.wishes,
             progress_style=ProgressStyle.NONE,
             show_messages=True,
             stderr=self.stderr,
@@ -290,3 +301,65 @@ def test_missing_permissions_are_told_before_any_work(tmp_path, monkeypatch):
     denied.add(str(tmp_path / "in.jsonl"))
     with pytest.raises(ConfigError, match="no permission to read it"):
         check(tmp_path)
+
+
+def test_trace_and_report_are_written_at_the_end(tmp_path):
+    job = Job(tmp_path, [chat_line("a"), "not json", chat_line("b")])
+    job.wishes = RecordWishes(trace=tmp_path / "t.json", report=tmp_path / "r.html", command=["pipemax", "x"])
+    job.run()
+    page = (tmp_path / "r.html").read_text()
+    assert "in.jsonl with backwards" in page and "invalid_json" in page and "<code>b</code>" in page
+    assert json.loads((tmp_path / "t.json").read_text())["otherData"]["command"] == "pipemax x"
+    assert f"written  {tmp_path / 't.json'}" in job.stderr.getvalue()
+
+
+def test_a_job_that_dies_still_has_its_report(tmp_path):
+    job = Job(tmp_path, [chat_line(f"row-{number}") for number in range(9)])
+    job.engine.failing["row-4"] = ExecutorError("stage 1 was killed by SIGKILL")
+    job.wishes = RecordWishes(report=tmp_path / "r.html")
+    with pytest.raises(ExecutorError):
+        job.run(max_restarts=0)
+    page = (tmp_path / "r.html").read_text()
+    assert "stage 1 was killed by SIGKILL" in page and "did not run to its end" in page
+
+
+def test_a_report_that_cannot_be_written_is_told_unless_there_is_worse_news(tmp_path, monkeypatch):
+    def fail(path, run, **_):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("pipemax.report.job_record.write_html_report", fail)
+    job = Job(tmp_path, [chat_line("a")])
+    job.wishes = RecordWishes(report=tmp_path / "r.html")
+    with pytest.raises(OSError, match="No space left"):
+        job.run()
+    assert list(job.answers()) == ["a"]
+    job.engine.failing["a"] = ExecutorError("stage 0 died")
+    with pytest.raises(ExecutorError):
+        job.run(ExistingOutput.OVERWRITE, max_restarts=0)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"report": "out.jsonl"}, "--report .* is a file of the job itself"),
+        ({"trace": "in.jsonl"}, "--trace .* is a file of the job itself"),
+        ({"trace": "out.errors.jsonl"}, "--trace .* is a file of the job itself"),
+        ({"trace": "x", "report": "x"}, "--report .* is the trace"),
+        ({"report": "none/x.html"}, "there is no folder"),
+    ],
+)
+def test_where_a_record_must_not_go(tmp_path, wishes, words):
+    job = Job(tmp_path, [chat_line("a")])
+    job.wishes = RecordWishes(**{name: tmp_path / file for name, file in wishes.items()})
+    with pytest.raises(ConfigError, match=words):
+        job.run()
+    assert job.num_starts == 0 and not job.output.exists()
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        job = Job(tmp_path, [chat_line("a")])
+        job.wishes = RecordWishes(metrics=MetricsAddress("127.0.0.1", taken.getsockname()[1]))
+        with pytest.raises(ConfigError, match=r"--metrics-port: cannot listen on 127\.0\.0\.1"):
+            job.run()
+    assert job.num_starts == 0

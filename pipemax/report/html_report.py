@@ -29,12 +29,16 @@ _TIMELINE_STEPS_A_STAGE = 6
 
 @dataclass(frozen=True, slots=True)
 class JobOutcome:
-    """How a job ended. `problem` is "" if it ran to its end."""
+    """How a job ended. `problem` is "" if it ran to its end.
+
+    `earlier_rows` of the answered and failed ones were done by earlier runs: all other numbers are of this one.
+    """
 
     title: str
     total_rows: int
     answered_rows: int
     failed_rows: int
+    earlier_rows: int = 0
     problem: str = ""
 
 

@@ -69,8 +69,8 @@ class RowLog:
         self.output_lengths = LengthSpread()
 
     def started(self, custom_id: str, *, now_seconds: float) -> None:
-        """The row is handed to the engine."""
-        self._started[custom_id] = now_seconds
+        """The row is handed to an engine; again, if one failed: the first time counts."""
+        self._started.setdefault(custom_id, now_seconds)
 
     def answered(
         self, custom_id: str, *, prompt_tokens: int, output_tokens: int, finish_reason: str, now_seconds: float
