@@ -115,13 +115,12 @@ class Watcher:
     def __init__(self, *, scheduler: Scheduler, forecast: BudgetedForecast) -> None:
         self._scheduler = scheduler
         self._forecast = forecast
-        self._refill_blocks = 0
-        self._budget_blocks = 0
 
     def on_submit(self, plan: StepPlan, *, now_seconds: float, gauges: EngineGauges) -> None:
-        # The refill that the plan before carried is for this one's rows.
-        assert self._refill_blocks <= self._budget_blocks or plan.num_rows <= 1, "the prefetch budget is passed"
-        self._refill_blocks, self._budget_blocks = len(plan.refill), self._forecast.budget_blocks
+        # A plan's refill is for the rows staged meanwhile. One row alone may pass the budget: it must be able to run.
+        staged = self._scheduler._staged
+        is_lone = staged is not None and len(staged.rows) == 1
+        assert len(plan.refill) <= self._forecast.budget_blocks or is_lone, "the prefetch budget is passed"
         self._forecast.budget_blocks = 0
         check_books(self._scheduler)
 
