@@ -15,8 +15,10 @@ Shape letters as in `base`.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import importlib.util
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,7 @@ from pipemax.worker.upload import upload
 
 _KERNEL = "fa2"
 _FLOAT_WORKSPACE_BYTES = 256 * 1024**2
+_INT_WORKSPACE_BYTES = 8 * 1024**2
 # Plans whose copies may be under way at once; more steps than this are never issued ahead of the device.
 _NUM_WORKSPACES = 4
 
@@ -124,7 +127,7 @@ class FlashInferAttention:
 
     def run(self, query_THD: Tensor, kv_pool: Tensor, layer: LayerAttention, out_THD: Tensor | None = None) -> Tensor:
         """`out_THD`: where the result goes, if given; [T, Hq, D], contiguous."""
-        if layer.sinks is not None or not self._loads(layer.sliding_window is not None, layer.soft_cap is not None):
+        if not self.serves(layer):
             return self._run_reference(query_THD, kv_pool, layer, out_THD)
         window_left = -1 if layer.sliding_window is None else layer.sliding_window - 1
         variant = _Variant(window_left, layer.soft_cap or 0.0, layer.scaling)
@@ -145,6 +148,10 @@ class FlashInferAttention:
             self._reference_is_planned = True
         output_THD = self._reference.run(query_THD, kv_pool, layer)
         return output_THD if out_THD is None else out_THD.copy_(output_THD)
+
+    def serves(self, layer: LayerAttention) -> bool:
+        """Whether the library's kernels serve such a layer here, rather than the reference."""
+        return layer.sinks is None and self._loads(layer.sliding_window is not None, layer.soft_cap is not None)
 
     def _loads(self, has_window: bool, has_soft_cap: bool) -> bool:
         """Whether the kernel of this kind can be had here. Tried once: it may be compiled now."""
@@ -201,6 +208,132 @@ class FlashInferAttention:
             workspaces.append(_Workspace(wrapper, torch.cuda.Event(blocking=True)))  # type: ignore[no-untyped-call]
             return workspaces[-1]
         return workspaces[turn % _NUM_WORKSPACES]
+
+
+class CapturedDecodeAttention:
+    """AttentionBackend for decode steps of one size, whose `append` and `run` are captured in CUDA graphs.
+
+    `plan` comes before each replay and only refills buffers: where they are, and the kernels' grid, stay as captured.
+    A step of fewer rows is filled up with idle ones, each with one key in `scratch_slot`, which belongs to no request.
+    Several of these share `workspaces` and run one after another on one stream.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        most_pages: int,
+        scratch_slot: int,
+        block_size: int,
+        layer: LayerAttention,
+        dtype: torch.dtype,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        workspaces: CapturedWorkspaces,
+    ) -> None:
+        import flashinfer
+
+        _make_maximum_fast(flashinfer.prefill)
+        self._library = flashinfer
+        self._num_rows = num_rows
+        self._most_pages = most_pages
+        self._scratch_slot = scratch_slot
+        self._workspaces = workspaces
+        self._plan_options = {
+            "num_qo_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim_qk": head_dim,
+            "page_size": block_size,
+            "causal": True,
+            "sm_scale": layer.scaling,
+            "window_left": -1 if layer.sliding_window is None else layer.sliding_window - 1,
+            "logits_soft_cap": layer.soft_cap or 0.0,
+            "q_data_type": dtype,
+            "kv_data_type": dtype,
+            "max_token_per_sequence": 1,
+        }
+        device = workspaces.device
+
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        self._kv_indptr, self._last_page_lens, self._positions = zeros(num_rows + 1), zeros(num_rows), zeros(num_rows)
+        self._batch_indices = torch.arange(num_rows, dtype=torch.int32, device=device)
+        self._qo_indptr_host = torch.arange(num_rows + 1, dtype=torch.int32).pin_memory()
+        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            workspaces.float_workspace,
+            "NHD",
+            backend=_KERNEL,
+            use_cuda_graph=True,
+            qo_indptr_buf=zeros(num_rows + 1),
+            paged_kv_indptr_buf=self._kv_indptr,
+            paged_kv_indices_buf=workspaces.kv_indices,
+            paged_kv_last_page_len_buf=self._last_page_lens,
+        )
+        self._wrapper._int_workspace_buffer = workspaces.int_workspace
+
+    def plan(self, rows: RowLayout) -> None:
+        """`rows` are decode rows, at most the captured number of them."""
+        idle = self._num_rows - len(rows.kv_lens)
+        assert idle >= 0 and rows.qo_indptr[-1] == len(rows.kv_lens)
+        num_pages = len(rows.kv_indices)
+        assert num_pages + idle <= self._most_pages
+        scratch = np.full(idle, self._scratch_slot, np.int32)
+        kv_indptr = np.concatenate([rows.kv_indptr, np.arange(num_pages + 1, num_pages + idle + 1)])
+        kv_lens = np.concatenate([rows.kv_lens, np.ones(idle, np.int32)])
+        last_page_lens = kv_lens - (np.diff(kv_indptr) - 1) * rows.block_size
+        self._positions.copy_(_pinned(kv_lens - 1), non_blocking=True)
+        kv_indices = upload(np.concatenate([rows.kv_indices, scratch]).astype(np.int32), self._positions.device)
+        with self._workspaces.pinned_turn(self._wrapper):
+            self._wrapper.plan(
+                self._qo_indptr_host, _pinned(kv_indptr), kv_indices, _pinned(last_page_lens), **self._plan_options
+            )
+
+    def append(self, key_THD: Tensor, value_THD: Tensor, kv_pool: Tensor) -> None:
+        self._library.append_paged_kv_cache(
+            key_THD,
+            value_THD,
+            self._batch_indices,
+            self._positions,
+            kv_pool,
+            self._workspaces.kv_indices,
+            self._kv_indptr,
+            self._last_page_lens,
+        )
+
+    def run(self, query_THD: Tensor, kv_pool: Tensor, layer: LayerAttention, out_THD: Tensor | None = None) -> Tensor:
+        if out_THD is None:
+            out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype, device=query_THD.device)
+        self._wrapper.run(query_THD, kv_pool, out=out_THD)
+        return out_THD
+
+
+class CapturedWorkspaces:
+    """What `CapturedDecodeAttention`s of all sizes share: the device reads it in stream order, so one set does.
+
+    Only the pinned side of plans takes turns: a plan must not write where the copy of an earlier one still reads.
+    """
+
+    def __init__(self, device: torch.device, *, most_pages: int) -> None:
+        self.device = device
+        self.float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.int_workspace = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.kv_indices = torch.zeros(most_pages, dtype=torch.int32, device=device)
+        self._pinned = [
+            torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_NUM_WORKSPACES)
+        ]
+        self._copied = [torch.cuda.Event(blocking=True) for _ in self._pinned]  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    @contextlib.contextmanager
+    def pinned_turn(self, wrapper: Any) -> Iterator[None]:
+        """Gives the wrapper a pinned workspace that no copy reads any more, for one plan."""
+        turn, self._turn = self._turn, (self._turn + 1) % _NUM_WORKSPACES
+        self._copied[turn].synchronize()
+        wrapper._pin_memory_int_workspace_buffer = self._pinned[turn]
+        yield
+        self._copied[turn].record()
 
 
 def _to_device(rows: RowLayout, device: torch.device) -> _DeviceRows:

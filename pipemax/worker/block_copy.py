@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,18 +42,22 @@ class CopyMethod(enum.StrEnum):
 
 
 class BlockCopier(Protocol):
-    def copy(self, stream: torch.cuda.Stream, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
-        """Queues destination[d] = source[s] for every pair. Pools [n, ...], contiguous, same dtype and block shape."""
+    def copy(self, stream: torch.cuda.Stream, pools: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
+        """Queues destination[d] = source[s] for every (destination, source) of `pools` and every pair of `runs`.
+
+        Pools [n, ...], contiguous, all of one dtype and block shape.
+        """
         ...
 
 
 class LoopCopier:
     """One asynchronous copy a run."""
 
-    def copy(self, stream: torch.cuda.Stream, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
+    def copy(self, stream: torch.cuda.Stream, pools: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
         with torch.cuda.stream(stream):
-            for to, of in runs.slices():
-                destination[to].copy_(source[of], non_blocking=True)
+            for destination, source in pools:
+                for to, of in runs.slices():
+                    destination[to].copy_(source[of], non_blocking=True)
 
 
 class _Location(ctypes.Structure):
@@ -71,7 +76,7 @@ class _Attributes(ctypes.Structure):
 
 
 class BatchCopier:
-    """All runs of a layer in one call. Host memory has to be registered or pinned. One copier a stream."""
+    """All runs of some layers in one call. Host memory has to be registered or pinned. One copier a stream."""
 
     def __init__(self) -> None:
         """Raises OSError when the driver has no such call."""
@@ -80,13 +85,14 @@ class BatchCopier:
         self._attributes_from = ctypes.c_size_t(0)
         self._pieces = CopyPieces(BlockRuns.merge(np.empty(0, np.int32), np.empty(0, np.int32)), 0)
 
-    def copy(self, stream: torch.cuda.Stream, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
+    def copy(self, stream: torch.cuda.Stream, pools: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
         assert stream.cuda_stream != 0, "the default stream is refused by the driver"
-        block_bytes = destination.stride(0) * destination.element_size()
+        first_pool = pools[0][0]
+        block_bytes = first_pool.stride(0) * first_pool.element_size()
         if self._pieces.runs is not runs or self._pieces.block_bytes != block_bytes:
             self._pieces = CopyPieces(runs, block_bytes)  # the same for every layer of a step
-        destinations, sources = self._pieces.addresses(destination, source)
-        sizes = self._pieces.sizes
+        destinations, sources = self._pieces.addresses(pools)
+        sizes = np.tile(self._pieces.sizes, len(pools))
         for first in range(0, len(sizes), MAX_PIECES_PER_CALL):
             end = min(first + MAX_PIECES_PER_CALL, len(sizes))
             failed_piece = ctypes.c_size_t(0)
@@ -119,13 +125,15 @@ class CopyPieces:
         self._destinations = runs.destinations[firsts].astype(np.uint64) * unit
         self._sources = runs.sources[firsts].astype(np.uint64) * unit
 
-    def addresses(self, destination: Tensor, source: Tensor) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """Where each run goes and comes from, uint64 [r] each, for pools of this block size."""
-        for pool in (destination, source):
-            assert pool.is_contiguous() and pool.stride(0) * pool.element_size() == self.block_bytes
+    def addresses(self, pools: Sequence[tuple[Tensor, Tensor]]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Where each run of each (destination, source) goes and comes from, uint64 [pools * r] each."""
+        for pair in pools:
+            for pool in pair:
+                assert pool.is_contiguous() and pool.stride(0) * pool.element_size() == self.block_bytes
+        bases = np.array([(to.data_ptr(), of.data_ptr()) for to, of in pools], dtype=np.uint64)
         return (
-            self._destinations + np.uint64(destination.data_ptr()),
-            self._sources + np.uint64(source.data_ptr()),
+            (bases[:, 0, None] + self._destinations).reshape(-1),
+            (bases[:, 1, None] + self._sources).reshape(-1),
         )
 
 

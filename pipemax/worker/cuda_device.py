@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +41,10 @@ class CudaCopyStream:
         self._stream.wait_event(event.event)
 
     def copy_blocks(self, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
-        self._copier.copy(self._stream, destination, source, runs)
+        self._copier.copy(self._stream, [(destination, source)], runs)
+
+    def copy_layers(self, pairs: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
+        self._copier.copy(self._stream, pairs, runs)
 
     def record(self) -> Event:
         return CudaEvent(self._stream.record_event())

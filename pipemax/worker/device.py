@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,6 +88,10 @@ class CopyStream(Protocol):
 
     def copy_blocks(self, destination: Tensor, source: Tensor, runs: BlockRuns) -> None:
         """Queues destination[d] = source[s] for every pair. Pools [n, ...], contiguous, same dtype and block shape."""
+        ...
+
+    def copy_layers(self, pairs: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
+        """`copy_blocks` for several (destination, source) pools of one block shape, with the same blocks."""
         ...
 
     def record(self) -> Event:
@@ -184,6 +188,10 @@ class CpuCopyStream:
         to, of = _rows(destination), _rows(source)
         assert to.shape[1] == of.shape[1]
         self._unrecorded.append(lambda: _copy_rows(to, of, runs))
+
+    def copy_layers(self, pairs: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
+        for destination, source in pairs:
+            self.copy_blocks(destination, source, runs)
 
     def record(self) -> Event:
         event = CpuEvent()

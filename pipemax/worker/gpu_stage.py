@@ -20,12 +20,16 @@ from pipemax.attention.base import AttentionBackend, LayerAttention, RowLayout
 from pipemax.attention.reference import ReferenceAttention
 from pipemax.config import ConfigError
 from pipemax.cuda_options import AttentionChoice, CudaOptions
-from pipemax.worker.attention_hook import StepContext
+from pipemax.worker.attention_hook import LayerPools, StepContext
+from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.layer_ops import FlashInferOps, LayerOps, TorchOps
 from pipemax.worker.stage_model import StageModel
 
-# For what the warm-up does not show: random sampling, workspaces of further attention variants, pinned metadata.
-_MARGIN_BYTES = 384 * 1024**2
+# For what the warm-up does not show: decode graphs and their workspace (captured when KV is in place), random sampling,
+# workspaces of further attention variants.
+_MARGIN_BYTES = 768 * 1024**2
+# Steps of more rows take longer than to issue them layer by layer, and attention outside graphs is a little faster.
+_MOST_CAPTURED_ROWS = 256
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +76,36 @@ def prepare(
         captured_seconds - started_seconds,
         time.monotonic() - captured_seconds,
     )
+
+
+def capture_decode(
+    model: StageModel,
+    backend: AttentionBackend,
+    options: CudaOptions,
+    *,
+    pools: LayerPools,
+    scratch_slot: int,
+    block_size: int,
+    max_num_seqs: int,
+) -> DecodeGraphs | None:
+    """Decode steps in graphs, where layers and attention can be captured; else None. KV pools are in place now."""
+    layers = model.own_layers
+    if layers is None or not options.cuda_graphs or not isinstance(backend, flashinfer.FlashInferAttention):
+        return None
+    if layers.common_attention is None or not backend.serves(layers.common_attention):
+        return None
+    started_seconds = time.monotonic()
+    graphs = DecodeGraphs(
+        layers,
+        stage=model.stage,
+        pools=pools,
+        scratch_slot=scratch_slot,
+        block_size=block_size,
+        max_rows=min(max_num_seqs, _MOST_CAPTURED_ROWS),
+    )
+    seconds = time.monotonic() - started_seconds
+    _logger.info("stage %d: %d decode graphs in %.1f s", model.stage.stage, graphs.num_graphs, seconds)
+    return graphs
 
 
 def kv_bytes(device: torch.device, *, gpu_memory_utilization: float) -> int:

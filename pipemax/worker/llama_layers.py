@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from pipemax.attention.base import LayerAttention
+from pipemax.attention.base import AttentionBackend, LayerAttention
 from pipemax.worker.attention_hook import StepContext
 from pipemax.worker.layer_ops import LayerOps
 from pipemax.worker.model_slice import StageSlice
@@ -166,6 +166,21 @@ class LlamaLayers:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._layers[0].input_norm.dtype
+
+    @property
+    def common_attention(self) -> LayerAttention | None:
+        """What every layer asks of attention; None where they differ."""
+        first = self._layers[0].attention
+        return first if all(layer.attention == first for layer in self._layers) else None
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """num_heads, num_kv_heads, head_dim."""
+        return {"num_heads": self._num_heads, "num_kv_heads": self._num_kv_heads, "head_dim": self._head_dim}
+
+    @property
     def pieces(self) -> list[Callable[[StepBuffers], None]]:
         """What runs before the first attention, between two, and after the last."""
         between = [
@@ -194,13 +209,16 @@ class LlamaLayers:
 
     def attend(self, layer: int, buffers: StepBuffers, step_context: StepContext) -> None:
         """Attention of the stage's `layer` (0 is its first): the hook's order of fences, over the step's tokens."""
-        own = self._layers[layer]
+        index = self._layers[layer].index
+        step_context.fences.enter(index)
+        self.attend_unfenced(layer, buffers, step_context.backend, step_context.pools.device_pool(index))
+        step_context.fences.leave(index)
+
+    def attend_unfenced(self, layer: int, buffers: StepBuffers, backend: AttentionBackend, pool: Tensor) -> None:
+        """As `attend`, for a caller that keeps the order itself."""
         query, key, value = self._heads(buffers.qkv)
-        pool = step_context.pools.device_pool(own.index)
-        step_context.fences.enter(own.index)
-        step_context.backend.append(key, value, pool)
-        step_context.backend.run(query, pool, own.attention, buffers.attended)
-        step_context.fences.leave(own.index)
+        backend.append(key, value, pool)
+        backend.run(query, pool, self._layers[layer].attention, buffers.attended)
 
     def forward(self, input_: Tensor, positions_T: Tensor, step_context: StepContext) -> Tensor:
         """Hidden states [T, H] of token ids [T] or hidden states [T, H]."""

@@ -130,6 +130,11 @@ class StageModel:
         self._graphs = PieceGraphs(self._own_layers, max_tokens=max_tokens)
         return self._graphs.num_graphs
 
+    @property
+    def own_layers(self) -> LlamaLayers | None:
+        """Our own forward of the layers, where it is in use."""
+        return self._own_layers
+
     @torch.inference_mode()
     def forward(
         self,

@@ -33,6 +33,7 @@ from pipemax.config import ConfigError, LoadFormat
 from pipemax.cuda_options import CudaOptions
 from pipemax.kv.geometry import KVGeometry
 from pipemax.plan import StepPlan
+from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.device import Device, open_device, set_threads
 from pipemax.worker.kv_store import KVStore
 from pipemax.worker.pulse import Pulse, dump_stacks_on_signal
@@ -182,6 +183,8 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
     assert isinstance(size, KVSize)
     pulse.loads("allocating KV memory")
     store = _allocate(size, geometry, stage.layers, model.dtype, device)
+    pulse.loads("capturing decode steps")
+    decode_graphs = _capture_decode(settings, model, backend, store, scratch_slot=size.num_device_blocks)
     worker = StageWorker(
         stage=stage,
         model=model,
@@ -191,6 +194,7 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
         backend=backend,
         links=links,
         pulse=pulse,
+        decode_graphs=decode_graphs,
     )
     pulse.wait()
     reports.send(StageReady())
@@ -206,7 +210,8 @@ def _allocate(size: KVSize, geometry: KVGeometry, layers: range, dtype: torch.dt
         return KVStore(
             geometry=geometry,
             layers=layers,
-            num_device_blocks=size.num_device_blocks,
+            # On a GPU one more, for idle rows of captured steps.
+            num_device_blocks=size.num_device_blocks + (device.torch_device.type == "cuda"),
             num_host_blocks=size.num_host_blocks,
             dtype=dtype,
             device=device.torch_device,
@@ -241,6 +246,24 @@ def _prepare(settings: StageSettings, model: StageModel) -> tuple[AttentionBacke
         max_num_batched_tokens=settings.max_num_batched_tokens,
     )
     return backend, gpu_stage.kv_bytes(model.device, gpu_memory_utilization=settings.cuda.gpu_memory_utilization)
+
+
+def _capture_decode(
+    settings: StageSettings, model: StageModel, backend: AttentionBackend, store: KVStore, *, scratch_slot: int
+) -> DecodeGraphs | None:
+    if model.device.type == "cpu":
+        return None
+    from pipemax.worker import gpu_stage
+
+    return gpu_stage.capture_decode(
+        model,
+        backend,
+        settings.cuda,
+        pools=store,
+        scratch_slot=scratch_slot,
+        block_size=settings.block_size,
+        max_num_seqs=settings.max_num_seqs,
+    )
 
 
 def _start_reporter(reports: _Reports) -> Callable[[RunningStep], None]:

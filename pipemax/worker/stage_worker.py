@@ -28,20 +28,19 @@ from torch import Tensor
 from pipemax.attention.base import AttentionBackend, RowLayout
 from pipemax.plan import Int32Array, Int64Array, NewRequest, StageTiming, StepPlan, TokenLogprobs
 from pipemax.worker.attention_hook import StepContext
+from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.device import Device, Mark
 from pipemax.worker.device_tokens import DeviceTokens
 from pipemax.worker.pulse import Pulse, PulsingFences
 from pipemax.worker.request_tokens import RequestTokens
 from pipemax.worker.sampler import SampledTokens, Sampler
 from pipemax.worker.stage_model import StageModel, StageSlice
-from pipemax.worker.transfer import KVPools, StepTransfers, TransferEngine
+from pipemax.worker.transfer import GPU_LAYERS_PER_COPY, KVPools, StepTransfers, TransferEngine
 from pipemax.worker.transport import StageLinks, Transfer
 from pipemax.worker.upload import upload
 
 # More than any sensible number of plans in flight: the oldest have long arrived, waiting for them costs nothing.
 _MAX_AWAITED_TOKEN_MESSAGES = 64
-# Fences and calls for copies fall to a quarter, and a refill starts at most three layers later.
-_GPU_LAYERS_PER_COPY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +130,22 @@ class StageWorker:
         backend: AttentionBackend,
         links: StageLinks,
         pulse: Pulse | None = None,
+        decode_graphs: DecodeGraphs | None = None,
     ) -> None:
+        """`decode_graphs`: what runs the decode steps that it serves, in the place of model and backend."""
         self._stage = stage
         self._model = model
         self._device = device
         self._block_size = block_size
         self._backend = backend
         self._links = links
+        self._decode_graphs = decode_graphs
         on_gpu = device.torch_device.type == "cuda"
         self._transfers = TransferEngine(
             device=device,
             pools=pools,
             layers=stage.layers,
-            layers_per_copy=_GPU_LAYERS_PER_COPY if on_gpu else 1,
+            layers_per_copy=GPU_LAYERS_PER_COPY if on_gpu else 1,
         )
         fences = self._transfers if pulse is None else PulsingFences(self._transfers, pulse)
         self._context = StepContext(backend, pools, fences)
@@ -176,13 +178,9 @@ class StageWorker:
         self._transfers.begin_step(plan)
         if plan.num_rows:
             rows = _row_layout(plan, self._block_size)
-            self._backend.plan(rows)
-            hidden_TH = self._model.forward(
-                input_ids_T=None if input_ids_T is None else input_ids_T.to(device),
-                hidden_TH=hidden_TH,
-                positions_T=upload(_positions(plan, rows.qo_indptr), device),
-                step_context=self._context,
-            )
+            if input_ids_T is not None:
+                input_ids_T = input_ids_T.to(device)
+            hidden_TH = self._run_layers(input_ids_T, hidden_TH, upload(_positions(plan, rows.qo_indptr), device), rows)
             if self._stage.is_last:
                 sampled = self._sample(plan, rows.qo_indptr, hidden_TH)
         moved = self._transfers.finish_step()
@@ -198,6 +196,19 @@ class StageWorker:
             finished=self._device.mark(),
             moved=moved,
             sampled=sampled,
+        )
+
+    def _run_layers(
+        self, input_ids_T: Tensor | None, hidden_TH: Tensor | None, positions_T: Tensor, rows: RowLayout
+    ) -> Tensor:
+        graphs = self._decode_graphs
+        if graphs is not None and graphs.serves(rows):
+            input_ = input_ids_T if input_ids_T is not None else hidden_TH
+            assert input_ is not None
+            return graphs.forward(input_, positions_T, rows, self._context.fences)
+        self._backend.plan(rows)
+        return self._model.forward(
+            input_ids_T=input_ids_T, hidden_TH=hidden_TH, positions_T=positions_T, step_context=self._context
         )
 
     def _track_requests(self, plan: StepPlan) -> None:
