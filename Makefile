@@ -1,5 +1,6 @@
 # make demo    installs into .venv, fetches a small real model, runs a batch job over two stages with KV going home
-# make test    the tests        make lint    ruff and mypy        make clean    removes what the others made
+# make test    the tests        make lint    ruff and mypy        make docs    docs/ as a site, in docs/_build
+# make clean   removes what the others made
 #
 # A stamp file in .venv says that the environment is up to date; the model is fetched and converted once.
 
@@ -17,10 +18,10 @@ MODEL := models/SmolLM2-135M-Instruct
 DEMO_FLAGS := --pipeline-parallel-size 2 --max-model-len 1024 --max-num-seqs 16 \
 	--num-device-blocks 128 --num-window-blocks 48 --host-memory-gib 1
 
-.PHONY: help install model demo test lint clean
+.PHONY: help install model demo test lint docs clean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 install: $(INSTALLED)
 
@@ -50,6 +51,10 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(INSTALLED)
+	@$(PYTHON_BIN) -m sphinx -q -W --keep-going -b html docs docs/_build
+	echo "docs/_build/index.html"
+
 clean:
-	@rm -rf $(VENV) demo models build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf $(VENV) demo models docs/_build build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
