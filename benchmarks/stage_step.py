@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from pipemax.attention.base import AttentionBackend
 from pipemax.config import LoadFormat
 from pipemax.cuda_options import AttentionChoice, CudaOptions
 from pipemax.plan import BlockCopies, NewRequest, Phase, StepPlan
@@ -84,6 +83,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the model's; default: all")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 128, 256, 512])
     parser.add_argument("--keys", type=int, default=450)
+    parser.add_argument("--variants", nargs="+", help="of the names in this file; default: all")
     arguments = parser.parse_args()
     device = CudaDevice(0)
     most_rows = max(arguments.rows)
@@ -105,7 +105,7 @@ def main() -> None:
     store = KVStore(
         geometry=model.spec.kv_geometry(block_size=BLOCK_SIZE, dtype_bytes=2),
         layers=stage.layers,
-        num_device_blocks=num_slots,
+        num_device_blocks=num_slots + 1,
         num_host_blocks=512,
         dtype=torch.bfloat16,
         device=device.torch_device,
@@ -115,11 +115,14 @@ def main() -> None:
         "transformers forward": CudaOptions(fused_layers=False),
         "own layers": CudaOptions(cuda_graphs=False),
         "own layers in graphs": CudaOptions(),
+        "decode graphs": CudaOptions(),
     }
     backend = gpu_stage.open_attention(model, AttentionChoice.FLASHINFER)
     results = []
     next_id = next_step = 0
     for name, options in variants.items():
+        if arguments.variants is not None and name not in arguments.variants:
+            continue
         started = time.monotonic()
         gpu_stage.prepare(
             model,
@@ -128,9 +131,29 @@ def main() -> None:
             max_num_seqs=most_rows,
             max_num_batched_tokens=most_rows,
         )
+        decode_graphs = None
+        if name == "decode graphs":
+            decode_graphs = gpu_stage.capture_decode(
+                model,
+                backend,
+                options,
+                pools=store,
+                scratch_slot=num_slots,
+                block_size=BLOCK_SIZE,
+                max_num_seqs=most_rows,
+            )
         prepare_seconds = time.monotonic() - started
         for homes in (False, True):
-            worker = _worker(stage, model, device, store, backend)
+            worker = StageWorker(
+                stage=stage,
+                model=model,
+                device=device,
+                pools=store,
+                block_size=BLOCK_SIZE,
+                backend=backend,
+                links=StageLinks(stage=0, num_stages=1, rendezvous=Path("unused")),
+                decode_graphs=decode_graphs,
+            )
             for num_rows in arguments.rows:
                 decode = Decode(
                     num_rows=num_rows,
@@ -164,20 +187,6 @@ def main() -> None:
                     }
                 )
     print(json.dumps({"device": torch.cuda.get_device_name(0), "model": str(arguments.model), "results": results}))
-
-
-def _worker(
-    stage: StageSlice, model: StageModel, device: CudaDevice, store: KVStore, backend: AttentionBackend
-) -> StageWorker:
-    return StageWorker(
-        stage=stage,
-        model=model,
-        device=device,
-        pools=store,
-        block_size=BLOCK_SIZE,
-        backend=backend,
-        links=StageLinks(stage=0, num_stages=1, rendezvous=Path("unused")),
-    )
 
 
 if __name__ == "__main__":

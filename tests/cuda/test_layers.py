@@ -9,11 +9,12 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from pipemax.attention import flashinfer
 from pipemax.cuda_options import AttentionChoice
+from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.gpu_stage import open_attention
 from pipemax.worker.layer_ops import FlashInferOps, TorchOps
 from tests.worker.families import random_model, save_model
 from tests.worker.test_llama_layers import SERVED, logits_of
-from tests.worker.test_stage_model import Pipeline
+from tests.worker.test_stage_model import BLOCK_SIZE, Pipeline
 
 SIZES = {
     "vocab_size": 128,
@@ -70,3 +71,78 @@ def test_in_bfloat16_every_fast_path_is_as_near_to_float32_as_transformers_is(de
 
 def errors(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> np.ndarray:
     return np.array([float((g.float() - w).norm() / w.norm()) for g, w in zip(got, wanted, strict=True)])
+
+
+class _RowsSeen:
+    """An attention backend that remembers the rows of its plan."""
+
+    def __init__(self, backend):
+        self._backend = backend
+        self.rows = None
+
+    def plan(self, rows):
+        self.rows = rows
+        self._backend.plan(rows)
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+
+class _DecodeInGraphs:
+    """A stage whose decode steps run from graphs."""
+
+    def __init__(self, model, graphs, seen):
+        self._model, self._graphs, self._seen = model, graphs, seen
+        self.num_served = 0
+
+    def forward(self, *, input_ids_T, hidden_TH, positions_T, step_context):
+        if not self._graphs.serves(self._seen.rows):
+            return self._model.forward(
+                input_ids_T=input_ids_T, hidden_TH=hidden_TH, positions_T=positions_T, step_context=step_context
+            )
+        self.num_served += 1
+        return self._graphs.forward(input_ids_T, positions_T, self._seen.rows, step_context.fences)
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+
+def decode_steps() -> list[list[tuple[int, int, list[int]]]]:
+    """Prefill of six rows of different lengths, then decode of fewer and fewer of them."""
+    rng = np.random.default_rng(5)
+    lengths = [3, 30, 4, 17, 8, 11]
+    steps = [[(row, 0, rng.integers(3, 128, length).tolist()) for row, length in enumerate(lengths)]]
+    for turn in range(14):
+        alive = range(len(lengths) - turn // 3)
+        steps.append([(row, lengths[row] + turn, rng.integers(3, 128, 1).tolist()) for row in alive])
+    return steps
+
+
+@pytest.mark.skipif(not flashinfer.is_available(), reason="FlashInfer is not installed")
+@pytest.mark.parametrize("family", CONFIGS)
+def test_decode_graphs_are_as_near_to_float32_as_steps_without_graphs(device, family, tmp_path):
+    random_model(CONFIGS[family]).save_pretrained(tmp_path)
+    exact_pipeline = Pipeline(tmp_path, 1, device=device, dtype="float32")
+    exact = [exact_pipeline.step(rows) for rows in decode_steps()]
+    results = {}
+    for graphs in (False, True):
+        pipeline = Pipeline(tmp_path, 1, device=device, dtype="bfloat16")
+        stage = pipeline.stages[0]
+        pipeline.backend = _RowsSeen(open_attention(stage, AttentionChoice.FLASHINFER))
+        stage.use_own_layers(FlashInferOps(), max_model_len=64)
+        scratch_slot = max(pipeline.free)
+        pipeline.free.remove(scratch_slot)
+        if graphs:
+            captured = DecodeGraphs(
+                stage.own_layers,
+                stage=stage.stage,
+                pools=pipeline.stores[0],
+                scratch_slot=scratch_slot,
+                block_size=BLOCK_SIZE,
+                max_rows=5,
+            )
+            pipeline.stages[0] = _DecodeInGraphs(stage, captured, pipeline.backend)
+        results[graphs] = errors([pipeline.step(rows) for rows in decode_steps()], exact)
+        if graphs:
+            assert pipeline.stages[0].num_served == 11  # all but the steps of six rows
+    assert (results[True] < 1.5 * results[False] + 2e-3).all(), results

@@ -65,8 +65,8 @@ def random_params(count: int) -> list[SamplingParams]:
 
 
 def test_a_long_random_run_gives_the_same_tokens_with_the_smallest_memory(model):
-    """Thousands of steps in which nearly every block travels: a block that came late, or went too soon, shows."""
-    count = 240
+    """Nearly every block travels at nearly every step: one that came late, or went too soon, shows."""
+    count = 50
     prompts, params = random_prompts(count), random_params(count)  # noqa: F811
     common = {"dtype": "float32", "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 192}
     longest = 192 // 8
