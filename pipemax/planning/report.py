@@ -31,13 +31,13 @@ def print_report(
 ) -> None:
     """For a terminal."""
     sampled = f", from a sample of {len(job.sample):,}" if job.is_sampled else ""
-    table = Table(
-        title=f"{model.name} on {server.num_gpus} x {server.gpu.name}: {job.total_requests:,} requests{sampled}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1),
+    console.print(
+        f"{model.name} on {server.num_gpus} x {server.gpu.name}: {job.total_requests:,} requests{sampled}",
+        style="bold",
+        highlight=False,
+        soft_wrap=True,
     )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("layout", no_wrap=True)
     for name in ("out tok/s", "hours", "rows", "busy", "wait", "GiB"):
         table.add_column(name, justify="right", no_wrap=True)

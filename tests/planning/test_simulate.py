@@ -1,0 +1,104 @@
+"""Runs of a small pipeline: what must hold for any of them, and what each setting is for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pipemax.config import ConfigError, KVOffload, PhasePolicyName
+from pipemax.cost.workload import MeanLengths, RequestLengths
+from pipemax.planning.simulate import Misestimate, plan_pipeline, simulate_pipeline
+from tests.planning.models import MODEL, server, settings, workload
+
+
+def simulate(num_requests=300, *, host_memory_gib=512.0, misestimate=None, **changes):
+    return simulate_pipeline(
+        model=MODEL,
+        server=server(host_memory_gib=host_memory_gib),
+        workload=workload(num_requests),
+        settings=settings(**changes),
+        misestimate=misestimate,
+    )
+
+
+@pytest.mark.parametrize("kv_offload", KVOffload)
+@pytest.mark.parametrize("policy", PhasePolicyName)
+def test_a_run_adds_up(kv_offload, policy):
+    requests = workload(150)
+    run = simulate(150, kv_offload=kv_offload, phase_policy=policy)
+    assert run.num_requests == 150
+    assert run.prompt_tokens == sum(request.prompt_tokens for request in requests)
+    assert run.output_tokens == sum(request.output_tokens for request in requests)
+    assert run.output_tokens_per_second == pytest.approx(run.output_tokens / run.seconds)
+    assert sum(run.phase_steps.values()) == run.num_steps
+    busiest = max(run.stage_utilisation)
+    assert sum(run.phase_seconds.values()) == pytest.approx(busiest * run.seconds)
+    for stage in range(2):
+        parts = run.stage_utilisation[stage] + run.window_wait[stage] + run.activation_wait[stage]
+        assert 0.5 < parts <= 1 + 1e-9
+        assert run.link_up[stage] <= 1 and run.link_down[stage] <= 1
+    assert (run.refill_bytes > 0) == (kv_offload is KVOffload.ON)
+    assert sum(run.stage_layers) == MODEL.num_layers
+    block_bytes = run.capacity.block_bytes * 2  # two equal stages
+    assert run.max_home_bytes == run.max_home_blocks * block_bytes
+
+
+def test_a_run_is_not_faster_than_the_sum_for_its_steady_state():
+    requests, chosen = workload(600), settings()
+    lengths = MeanLengths.of(requests)
+    plan = plan_pipeline(model=MODEL, server=server(), settings=chosen, lengths=lengths, num_requests=600)
+    run = simulate_pipeline(model=MODEL, server=server(), workload=requests, settings=chosen)
+    assert 0.5 < run.output_tokens_per_second / plan.state.output_tokens_per_second(lengths) < 1.02
+
+
+def test_offloading_gives_more_rows_and_throughput_where_memory_is_short():
+    on, off = (simulate(400, kv_offload=kv_offload) for kv_offload in (KVOffload.ON, KVOffload.OFF))
+    assert on.mean_decode_rows > 1.3 * off.mean_decode_rows
+    assert on.output_tokens_per_second > 1.2 * off.output_tokens_per_second
+
+
+def test_the_window_is_what_makes_the_rows():
+    window, none = (simulate(400, num_window_blocks=blocks) for blocks in (None, 0))
+    assert none.capacity.num_window_blocks == 0 < window.capacity.num_window_blocks
+    assert window.mean_decode_rows > 1.1 * none.mean_decode_rows
+
+
+def test_equal_runs_are_equal():
+    assert simulate(100) == simulate(100)
+
+
+def test_a_slower_machine_takes_longer_by_that_much():
+    plain = simulate(100)
+    slow = simulate(100, misestimate=Misestimate(decode_factor=2.0, prefill_factor=2.0, link_factor=0.5))
+    assert slow.seconds == pytest.approx(2 * plain.seconds, rel=0.05)
+
+
+def test_learning_from_steps_avoids_waits_for_a_link_that_is_slower_than_believed():
+    wrong = Misestimate(link_factor=0.4)
+    learning, stubborn = (simulate(300, misestimate=wrong, correct_estimates=learn) for learn in (True, False))
+    assert max(learning.window_wait) < 0.5 * max(stubborn.window_wait)
+    assert learning.output_tokens_per_second > stubborn.output_tokens_per_second
+
+
+def test_little_host_memory_means_fewer_requests_alive():
+    run = simulate(300, host_memory_gib=2.0)
+    assert run.max_home_blocks <= run.capacity.num_host_blocks < 1200
+    assert run.mean_decode_rows < simulate(300).mean_decode_rows
+
+
+def test_a_model_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="does not fit 1 x rtx-4090"):
+        simulate_pipeline(model=MODEL, server=server(1), workload=workload(5), settings=settings())
+
+
+def test_a_request_that_does_not_fit_is_refused():
+    requests = (*workload(5), RequestLengths(20_000, 5))
+    with pytest.raises(ConfigError, match="a request of 20005 tokens"):
+        simulate_pipeline(model=MODEL, server=server(), workload=requests, settings=settings())
+
+
+def test_more_gpus_than_layers_are_refused():
+    model = dataclasses.replace(MODEL, num_layers=3, sliding_windows=(None,) * 3)
+    with pytest.raises(ConfigError, match="3 layers"):
+        simulate_pipeline(model=model, server=server(4), workload=workload(5), settings=settings())
