@@ -306,9 +306,15 @@ class LLM:
             token_ids = self._encode(request)
             state = self._state(request_id, request.request_id, token_ids, request.sampling_params)
             self._outputs.add(request_id, request.sampling_params, token_ids)
-        except RequestError as error:
+        except AssertionError:
+            raise
+        except Exception as raised:
             return RequestOutput(
-                request_id=request.request_id, prompt=text, prompt_token_ids=token_ids, outputs=[], error=error
+                request_id=request.request_id,
+                prompt=text,
+                prompt_token_ids=token_ids,
+                outputs=[],
+                error=raised if isinstance(raised, RequestError) else _text_error(raised),
             )
         self._engine.add_request(state)
         live[request_id] = _Live(request.request_id, text, token_ids, request.sampling_params)
@@ -362,18 +368,29 @@ class LLM:
         )
 
     def _take(self, news: EngineUpdate, live: dict[int, _Live]) -> RequestOutput | None:
+        """Takes a request's news in; its output if that ends it."""
+        request_id = news.update.request_id
+        error = None if news.update.error is None else GenerationError(news.update.error)
+        if error is None:
+            try:
+                return self._take_token(news, live)
+            except AssertionError:
+                raise
+            except Exception as raised:  # text libraries, at work on what a model made up
+                error = _text_error(raised)
+        self._engine.finish_request(request_id)
+        self._outputs.drop(request_id)
+        return live.pop(request_id).output(error=error)
+
+    def _take_token(self, news: EngineUpdate, live: dict[int, _Live]) -> RequestOutput | None:
         update = news.update
         request_id = update.request_id
         reason, stop_reason = update.finish_reason, update.stop_reason
-        if update.error is not None:
-            request = live.pop(request_id)
-            self._outputs.drop(request_id)
-            return request.output(error=GenerationError(update.error))
         assert update.token_id is not None
         stop_string = self._outputs.append(request_id, update.token_id, news.logprobs)
         if reason is None and stop_string is None:
             return None
-        request = live.pop(request_id)
+        request = live[request_id]
         if stop_string is not None and reason is not FinishReason.STOP:
             self._engine.finish_request(request_id)
             completion = self._outputs.finish(request_id, FinishReason.STOP, stop_string)
@@ -382,6 +399,7 @@ class LLM:
             # As in vLLM: a stop token is named only if the request asked for it, an end token is not.
             asked_for = stop_reason if stop_reason in request.sampling.stop_token_ids else None
             completion = self._outputs.finish(request_id, reason, asked_for)
+        del live[request_id]
         output = request.output()
         output.outputs.append(completion)
         return output
@@ -398,6 +416,12 @@ class _Live:
         return RequestOutput(
             request_id=self.request_id, prompt=self.prompt, prompt_token_ids=self.prompt_token_ids, error=error
         )
+
+
+def _text_error(error: Exception) -> GenerationError:
+    """What a tokenizer library threw at one request: that request's error."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return GenerationError(f"the tokenizer failed: {type(error).__name__}: {first_line}")
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

@@ -181,6 +181,7 @@ class Sampler:
         if sampling.min_tokens > 0 and len(held_back) > 0:
             self._held_back[slot] = held_back
         row = self._table[slot]
+        row["penalty_slot"] = -1  # first: should anything below raise, `forget` must not free another request's
         row["seed"] = request.seed & (2**64 - 1)
         row["num_outputs"] = 0
         row["greedy"] = sampling.greedy
@@ -190,7 +191,6 @@ class Sampler:
         row["repetition"] = min(max(sampling.repetition_penalty, float(_FLOAT32.tiny)), float(_FLOAT32.max))
         row["presence"] = sampling.presence_penalty
         row["frequency"] = sampling.frequency_penalty
-        row["penalty_slot"] = -1
         row["min_tokens"] = sampling.min_tokens if slot in self._held_back else 0
         row["num_logprobs"] = -1 if sampling.logprobs is None else min(sampling.logprobs, self._vocab_size)
         if sampling.has_penalties:

@@ -33,7 +33,8 @@ from pipemax.worker.device import Device, Mark
 from pipemax.worker.device_tokens import DeviceTokens
 from pipemax.worker.pulse import Pulse, PulsingFences
 from pipemax.worker.request_tokens import RequestTokens
-from pipemax.worker.sampler import SampledTokens, Sampler
+from pipemax.worker.row_guard import GuardedSampler, Sampled
+from pipemax.worker.sampler import Sampler
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.transfer import GPU_LAYERS_PER_COPY, KVPools, StepTransfers, TransferEngine
 from pipemax.worker.transport import StageLinks, Transfer
@@ -67,7 +68,7 @@ class RunningStep:
     end: Mark
     finished: Mark
     moved: StepTransfers
-    sampled: SampledTokens | None
+    sampled: Sampled | None
 
     def report(self) -> StageReport:
         """What became of it; blocks until the device is through with it."""
@@ -149,7 +150,11 @@ class StageWorker:
         )
         fences = self._transfers if pulse is None else PulsingFences(self._transfers, pulse)
         self._context = StepContext(backend, pools, fences)
-        self._sampler = Sampler(vocab_size=model.spec.vocab_size, device=device.torch_device) if stage.is_last else None
+        self._sampler = (
+            GuardedSampler(Sampler(vocab_size=model.spec.vocab_size, device=device.torch_device))
+            if stage.is_last
+            else None
+        )
         self._tokens = _token_store(device.torch_device) if stage.is_first else None
         self._awaited: deque[_AwaitedTokens] = deque()
         links.set_hidden(model.hidden_size, model.dtype)
@@ -174,7 +179,7 @@ class StageWorker:
             hidden_TH = self._links.receive_hidden().to(device, non_blocking=True)
         start = self._device.mark()
 
-        sampled: SampledTokens | None = None
+        sampled: Sampled | None = None
         self._transfers.begin_step(plan)
         if plan.num_rows:
             rows = _row_layout(plan, self._block_size)
@@ -227,7 +232,7 @@ class StageWorker:
             self._tokens.append(awaited.request_ids, awaited.transfer.wait())
         return self._tokens.input_ids(plan) if plan.num_rows else None
 
-    def _sample(self, plan: StepPlan, qo_indptr: Int32Array, hidden_TH: Tensor) -> SampledTokens | None:
+    def _sample(self, plan: StepPlan, qo_indptr: Int32Array, hidden_TH: Tensor) -> Sampled | None:
         assert self._sampler is not None
         last_tokens_S = (qo_indptr[1:] - 1)[plan.samples].astype(np.int64)
         if not len(last_tokens_S):
@@ -237,7 +242,7 @@ class StageWorker:
         sampled.start_read_back()
         return sampled
 
-    def _hand_over(self, plan: StepPlan, hidden_TH: Tensor | None, sampled: SampledTokens | None) -> None:
+    def _hand_over(self, plan: StepPlan, hidden_TH: Tensor | None, sampled: Sampled | None) -> None:
         """Activations to the next stage or tokens to the first, in step order."""
         if not plan.num_rows:
             return
