@@ -39,12 +39,6 @@ ASKS = [
 PROMPTS = [ask.format(topic) for topic in TOPICS for ask in ASKS]
 
 
-def timed(run: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
-    start = time.perf_counter()
-    tokens = run()
-    return time.perf_counter() - start, tokens
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -60,24 +54,25 @@ def main() -> None:
     ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
     greedy = {"do_sample": False, "max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS}
 
-    def one_by_one() -> list[list[int]]:
+    def one_by_one(num_prompts: int) -> list[list[int]]:
         outputs = []
-        for prompt in ids:
+        for prompt in ids[:num_prompts]:
             prompt_1T = torch.tensor([prompt])
             output = model.generate(prompt_1T, attention_mask=torch.ones_like(prompt_1T), **greedy)
             outputs.append(output[0, len(prompt) :].tolist())
         return outputs
 
-    def padded() -> list[list[int]]:
-        longest = max(map(len, ids))
+    def padded(num_prompts: int) -> list[list[int]]:
+        chosen = ids[:num_prompts]
+        longest = max(map(len, chosen))
         pad = tokenizer.pad_token_id
-        padded_BT = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in ids])
-        mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in ids])
+        padded_BT = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in chosen])
+        mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in chosen])
         return model.generate(padded_BT, attention_mask=mask_BT, **greedy)[:, longest:].tolist()
 
-    def pipemax(llm: LLM) -> list[list[int]]:
+    def pipemax(llm: LLM, num_prompts: int) -> list[list[int]]:
         params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, min_tokens=NUM_TOKENS)
-        return [output.outputs[0].token_ids for output in llm.generate(ids, params)]
+        return [output.outputs[0].token_ids for output in llm.generate(ids[:num_prompts], params)]
 
     seconds: dict[str, list[float]] = {}
     tokens: dict[str, list[list[int]]] = {}
@@ -88,18 +83,20 @@ def main() -> None:
             args.model, pipeline_parallel_size=2, threads_per_stage=max(1, args.threads // 2), **settings
         ) as two_stages,
     ):
-        runs: dict[str, Callable[[], list[list[int]]]] = {
+        runs: dict[str, Callable[[int], list[list[int]]]] = {
             "transformers generate, one by one": one_by_one,
             "transformers generate, padded batch": padded,
-            "pipemax, 1 stage": lambda: pipemax(one_stage),
-            "pipemax, 2 stages": lambda: pipemax(two_stages),
+            "pipemax, 1 stage": lambda count: pipemax(one_stage, count),
+            "pipemax, 2 stages": lambda count: pipemax(two_stages, count),
         }
         with torch.inference_mode():
-            for repeat in range(args.repeats + 1):
+            for run in runs.values():
+                run(2)  # warms up
+            for _ in range(args.repeats):
                 for name, run in runs.items():
-                    taken, tokens[name] = timed(run)
-                    if repeat:  # the first round warms up
-                        seconds.setdefault(name, []).append(taken)
+                    start = time.perf_counter()
+                    tokens[name] = run(len(ids))
+                    seconds.setdefault(name, []).append(time.perf_counter() - start)
 
     total = len(ids) * NUM_TOKENS
     rates = {name: total / min(values) for name, values in seconds.items()}

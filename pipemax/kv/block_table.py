@@ -85,10 +85,10 @@ class BlockTable:
         return np.flatnonzero(complete).astype(np.int32)
 
     def placed_slots(self) -> Int32Array:
-        """Where each block is during the step staged last: its own slot, or the window's. A copy."""
+        """Where each block is during the step staged last: its own slot, or the window's. Not to be written to."""
         if self.num_absent:
             return np.where(self.slots == ABSENT, self.window_slots, self.slots)
-        return self.slots.copy()
+        return self.slots
 
     def absent_blocks(self) -> Int32Array:
         if not self.num_absent:

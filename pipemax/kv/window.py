@@ -51,7 +51,10 @@ class Window:
         missing = []
         for table, blocks in wanted:
             held = self._holds.get(table)
-            here = np.zeros(len(blocks), dtype=np.bool_) if held is None else np.isin(blocks, held)
+            if held is None:
+                missing.append((table, blocks))
+                continue
+            here = np.isin(blocks, held)
             taken[np.searchsorted(self._slots, table.window_slots[blocks[here]])] = True
             missing.append((table, blocks[~here]))
         free, used = self._slots[~taken], 0

@@ -42,6 +42,7 @@ class MemoryPressure:
         self._output_length = output_length
         self._reserved_blocks = 0
         self._batch_blocks = [0] * len(population.batches)
+        self._batch_absent = [0] * len(population.batches)
         self._admissible_blocks = (kv.host if kv.offload is KVOffload.ON else kv.device).num_blocks
         self._holders: dict[int, RequestState] = {}  # requests with a block table, by time of admission
         self._leftovers: dict[int, RequestState] = {}  # of those, not in a batch and maybe still on the device
@@ -76,9 +77,6 @@ class MemoryPressure:
     def num_blocks(self, request: RequestState) -> int:
         return self._kv.table(request.request_id).num_blocks
 
-    def num_absent(self, requests: Iterable[RequestState]) -> int:
-        return sum(self._kv.table(r.request_id).num_absent for r in requests if r.request_id in self._holders)
-
     def growth_reserve(self) -> int:
         """Slots that running requests will want within a step or two: joiners leave them free."""
         return -(-self._population.num_running // self._kv.block_size)
@@ -91,24 +89,26 @@ class MemoryPressure:
         self._window_used = 0
         self._refill_blocks = 0
 
-    def _take_row(self, request: RequestState, *, promoted_blocks: int) -> None:
+    def _take_row(self, request: RequestState, *, absent: int, promoted_blocks: int) -> None:
         self._rows.add(request.request_id)
-        absent = self._kv.table(request.request_id).num_absent
         self._window_used += absent
         self._refill_blocks += absent + promoted_blocks
-        self._stalled.discard(request.request_id)
+        if self._stalled:
+            self._stalled.discard(request.request_id)
         if request.status is not Status.RUNNING:
             self._leftovers[request.request_id] = request
 
     def make_device_room_for_rows(self, requests: Sequence[RequestState], *, batch_id: int) -> None:
         """One pass of cheap drops for all the blocks that a decode step needs."""
-        missing = sum(self._kv.missing_blocks(r.request_id, r.num_computed + 1) for r in requests)
+        missing = sum(self._needs_block(request) for request in requests)
         if missing > self._kv.device.num_free:
             self._drop_leftovers(missing)
-            others = [batch for other, batch in enumerate(self._population.batches) if other != batch_id]
-            for batch in sorted(others, key=lambda batch: self.num_absent(batch.values())):
-                self._drop_to_window(batch.values(), missing)
-            self._drop_to_window(requests, missing)
+            batches = self._population.batches
+            others = [other for other in range(len(batches)) if other != batch_id]
+            for other in [*sorted(others, key=lambda other: self._batch_absent[other]), batch_id]:
+                if missing <= self._kv.device.num_free:
+                    return
+                self._drop_to_window(other, missing)
 
     def extend(self, request: RequestState) -> bool:
         """Room for one more token of a running request. False: it sits this step out, or had to give its own KV up."""
@@ -123,26 +123,32 @@ class MemoryPressure:
             # The link has become slower, or the step shorter, than when blocks were dropped; or the first row needs
             # more than a step's budget, and then it runs alone.
             return False
-        if self._kv.missing_blocks(request.request_id, request.num_computed + 1):
-            if not self._make_host_room(request):
-                return False
-            while not self._kv.device.num_free:
-                if self._kv.offload is KVOffload.OFF:
-                    if not self._restart_youngest(sparing=None, younger_than=request):
-                        self._restart(request)
-                        return False
-                    continue
-                victim = self._youngest_running(younger_than=request)
-                if victim is None and self._drop_own(request):
-                    continue
-                if victim is None:
-                    self._stalled.add(request.request_id)
+        if self._needs_block(request) and not self._add_block(request):
+            return False
+        self._take_row(request, absent=self._kv.table(request.request_id).num_absent, promoted_blocks=0)
+        return True
+
+    def _needs_block(self, request: RequestState) -> bool:
+        return request.num_computed == self._kv.table(request.request_id).num_blocks * self._kv.block_size
+
+    def _add_block(self, request: RequestState) -> bool:
+        if not self._make_host_room(request):
+            return False
+        while not self._kv.device.num_free:
+            if self._kv.offload is KVOffload.OFF:
+                if not self._restart_youngest(sparing=None, younger_than=request):
+                    self._restart(request)
                     return False
+                continue
+            victim = self._youngest_running(younger_than=request)
+            if victim is not None:
                 self.leave(victim)
                 self.num_left += 1
                 self._drop_leftovers(1)
-            self._grow(request, request.num_computed + 1)
-        self._take_row(request, promoted_blocks=0)
+            elif not self._drop_own(request):
+                self._stalled.add(request.request_id)
+                return False
+        self._grow(request, request.num_computed + 1)
         return True
 
     def admit(self, request: RequestState, *, at_most: int, keep_free: int) -> int:
@@ -172,7 +178,7 @@ class MemoryPressure:
         self._drop_leftovers(wanted, sparing=request)
         own_room = min(wanted - kv.device.num_free, window_left - full_absent)
         if own_room > 0 and self._budget.allows(travelling + own_room, num_rows=len(self._rows) + 1):
-            kv.drop(request_id, num_tokens=request.num_computed, at_most=own_room, tail_too=False)
+            self._drop(request, at_most=own_room, tail_too=False)
         new_blocks = min(kv.device.num_free - fixed, kv.host.num_free)
         room = table.num_blocks * kv.block_size - request.num_computed
         num_new = min(at_most, room + max(0, new_blocks) * kv.block_size)
@@ -185,9 +191,9 @@ class MemoryPressure:
         excess = max(0, len(full) - window_left)
         promoted = full[len(full) - excess :] + ([tail] if tail is not None else [])
         for block in promoted:
-            kv.promote(request_id, block)
+            self._promote(request, block)
         self._grow(request, request.num_computed + num_new)
-        self._take_row(request, promoted_blocks=len(promoted))
+        self._take_row(request, absent=table.num_absent, promoted_blocks=len(promoted))
         return num_new
 
     def join(self, request: RequestState, batch_id: int) -> None:
@@ -195,13 +201,14 @@ class MemoryPressure:
         self._leftovers.pop(request.request_id, None)
         self._population.join(request, batch_id)
         self._batch_blocks[batch_id] += self.num_blocks(request)
+        self._batch_absent[batch_id] += self._kv.table(request.request_id).num_absent
 
     def board(self, request: RequestState, *, keep_free: int) -> None:
         """Brings what the link has time for of a READY request that is too long to come back in one step."""
         room = min(self._budget.left(self._refill_blocks), self._kv.device.num_free - keep_free)
         absent = self._kv.table(request.request_id).absent_blocks().tolist()
         for block in absent[: max(0, room)]:
-            self._kv.promote(request.request_id, block)
+            self._promote(request, block)
             self._refill_blocks += 1
             self._leftovers[request.request_id] = request
 
@@ -214,7 +221,7 @@ class MemoryPressure:
                 for block in table.absent_blocks().tolist():
                     if self._kv.device.num_free <= keep_free:
                         return
-                    self._kv.promote(request.request_id, block)
+                    self._promote(request, block)
 
     # -- giving up -----------------------------------------------------------------------------------------------------
 
@@ -252,6 +259,18 @@ class MemoryPressure:
     def _leave_batch(self, request: RequestState) -> None:
         if request.batch_id is not None:
             self._batch_blocks[request.batch_id] -= self.num_blocks(request)
+            self._batch_absent[request.batch_id] -= self._kv.table(request.request_id).num_absent
+
+    def _promote(self, request: RequestState, block: int) -> None:
+        self._kv.promote(request.request_id, block)
+        if request.batch_id is not None:
+            self._batch_absent[request.batch_id] -= 1
+
+    def _drop(self, request: RequestState, *, at_most: int, tail_too: bool) -> int:
+        dropped = self._kv.drop(request.request_id, num_tokens=request.num_computed, at_most=at_most, tail_too=tail_too)
+        if request.batch_id is not None:
+            self._batch_absent[request.batch_id] += dropped
+        return dropped
 
     def _absent_tail(self, request: RequestState) -> int | None:
         """The block that the next token is written to, if it is there but not on the device."""
@@ -283,29 +302,31 @@ class MemoryPressure:
             request = self._leftovers[request_id]
             if request is sparing or request_id in self._rows:
                 continue
-            self._kv.drop(request_id, num_tokens=request.num_computed, at_most=short, tail_too=True)
+            self._drop(request, at_most=short, tail_too=True)
             table = self._kv.table(request_id)
             if table.num_absent == table.num_blocks:
                 del self._leftovers[request_id]
 
-    def _drop_to_window(self, requests: Iterable[RequestState], wanted: int) -> None:
+    def _drop_to_window(self, batch_id: int, wanted: int) -> None:
         """Drops full blocks of one batch's members while its absent blocks fit the window."""
-        members = list(requests)
-        room = min(self._kv.window.num_blocks, self._budget.window_blocks) - self.num_absent(members)
+        room = min(self._kv.window.num_blocks, self._budget.window_blocks) - self._batch_absent[batch_id]
+        if room <= 0:
+            return
         # Few requests with many absent blocks make longer copies than many with few.
-        members.sort(key=lambda r: (-self._kv.table(r.request_id).num_absent, -r.request_id))
+        members = sorted(
+            self._population.batches[batch_id].values(),
+            key=lambda r: (-self._kv.table(r.request_id).num_absent, -r.request_id),
+        )
         for request in members:
             short = min(wanted - self._kv.device.num_free, room)
             if short <= 0:
                 return
-            room -= self._kv.drop(request.request_id, num_tokens=request.num_computed, at_most=short, tail_too=False)
+            room -= self._drop(request, at_most=short, tail_too=False)
 
     def _drop_own(self, request: RequestState) -> int:
         """The first row of a step may use the whole window, whatever the link can do: it has to run somehow."""
         room = 0 if self._rows else self._kv.window.num_blocks - self._kv.table(request.request_id).num_absent
-        return self._kv.drop(
-            request.request_id, num_tokens=request.num_computed, at_most=min(1, max(0, room)), tail_too=False
-        )
+        return self._drop(request, at_most=min(1, max(0, room)), tail_too=False)
 
     def _youngest_running(self, *, younger_than: RequestState) -> RequestState | None:
         """Of the batch that holds most, so that the batches stay equal."""

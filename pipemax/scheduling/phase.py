@@ -27,7 +27,7 @@ class PhaseView:
     """The population as the next step is about to be staged.
 
     can_admit         the first waiting request fits at home
-    full_share        share of the KV blocks that batches may hold that they do hold, 0 to 1
+    full_share        of the rows or KV blocks that batches may hold, what running and READY requests hold: 0 to 1
     mean_rows         rows of a batch in flight, on average
     mean_kv_tokens    KV tokens of a batch in flight, on average
     mean_prompt       prompt tokens of a request, over those seen so far
@@ -99,9 +99,7 @@ class Mixed:
         if not view.num_waiting or not view.can_admit:
             return _DECODE
         chunk = max(0, self._forecast.free_tokens - round(view.mean_rows))
-        if not view.num_ready:
-            short = 1 - view.full_share
-            chunk = max(chunk, round(short * self._max_num_batched_tokens))
+        chunk = max(chunk, round((1 - view.full_share) * self._max_num_batched_tokens))
         if not chunk:
             return _DECODE
         return PhaseChoice((Phase.MIXED, Phase.PREFILL), chunk_tokens=chunk)

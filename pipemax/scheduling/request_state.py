@@ -50,10 +50,10 @@ class RequestState:
     last_sample_step: int = -1
     output_token_ids: list[int] = field(default_factory=list)
     reserved_blocks: int = 0
+    num_prompt: int = field(init=False)
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.prompt_token_ids)
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +63,7 @@ class RequestState:
     @property
     def num_pending(self) -> int:
         """Tokens that exist and have no KV yet: 1 in decode, more before or within prefill."""
-        return self.num_tokens - self.num_computed
+        return self.num_prompt + self.num_outputs - self.num_computed
 
     @property
     def exhausted(self) -> bool:

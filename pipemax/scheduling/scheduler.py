@@ -347,13 +347,13 @@ class Scheduler:
         population, memory = self._population, self._memory
         waiting = population.waiting
         announced = max(1, self.stats.num_announced)
-        rows_share = self._mean_rows() / self._max_num_seqs
+        rows_share = (population.num_running + len(population.ready)) / (self._max_num_seqs * len(self._in_flight))
         return PhaseView(
             num_waiting=len(waiting),
             num_ready=len(population.ready),
             num_running=population.num_running,
             can_admit=bool(waiting) and memory.can_admit(waiting[0]),
-            full_share=min(1.0, max(rows_share, sum(memory.batch_blocks) / self._live_blocks())),
+            full_share=min(1.0, max(rows_share, self.kv.host.num_held / self._live_blocks())),
             mean_rows=self._mean_rows(),
             mean_kv_tokens=self._mean_kv_tokens(),
             mean_prompt=self.stats.prompt_tokens / announced,
