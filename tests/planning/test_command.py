@@ -45,11 +45,11 @@ def test_a_table_and_a_recommendation(monkeypatch, capsys, folder):
     assert "120 requests, from a sample of 50" in shown
     assert "PP 2, offload, mixed" in shown and "TP 2, no P2P" in shown
     assert "2 x PP 1" in shown and "does not fit 1 x rtx-4090" in shown
-    assert " Use PP 2" in shown and "pipemax run-batch --model" in shown
     plan = json.loads((folder / "plan.json").read_text())
     assert (plan["num_requests"], plan["num_sampled_requests"], plan["num_gpus"]) == (120, 50, 2)
     layouts = {layout["layout"]: layout for layout in plan["layouts"]}
     assert plan["recommendation"]["layout"] in layouts
+    assert f"Use {plan['recommendation']['layout']}." in shown
     assert layouts["PP 2, offload, auto"]["run"]["stage_layers"] == [12, 12]
     assert "does_not_fit" in layouts["2 x PP 1, offload, auto"]
 
