@@ -11,7 +11,7 @@ try, what to recommend.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ from pipemax.cost.workload import MeanLengths, RequestLengths
 from pipemax.engine import Engine
 from pipemax.executor.simulator import SimExecutor
 from pipemax.model_spec import ModelSpec
+from pipemax.observer import EngineObserver
 from pipemax.plan import Capacity, Phase
 from pipemax.planning.steps import SteadyDecode, StepLog
 from pipemax.request import SamplingParams
@@ -190,9 +191,11 @@ def simulate_pipeline(
     workload: Sequence[RequestLengths],
     settings: PipelineSettings,
     misestimate: Misestimate | None = None,
+    watch: Callable[[Capacity], EngineObserver] | None = None,
 ) -> SimulatedRun:
     """Runs the whole workload, one stage a GPU of `server`, as many batches in flight.
 
+    `watch` is given what the pipeline holds, and the observer that it gives is told of every plan and result.
     Raises ConfigError when the model, or one of the requests, does not fit.
     """
     assert workload
@@ -230,6 +233,8 @@ def simulate_pipeline(
     engine = Engine(scheduler=scheduler, executor=executor)
     log = StepLog(num_stages=num_stages)
     engine.observe(log)
+    if watch is not None:
+        engine.observe(watch(plan.capacity))
     for request in request_states(workload, capacity=plan.capacity):
         engine.add_request(request)
     output_tokens = 0

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipemax.plan import Phase
@@ -209,6 +211,16 @@ def prediction_chart(run: RunSnapshot) -> str | None:
     return _svg(figure, "prediction")
 
 
+@dataclass(frozen=True, slots=True)
+class _Bars:
+    """Bars that look alike, drawn together. `top` and `height` in stages."""
+
+    top: float
+    height: float
+    colour: str
+    hatch: str | None = None
+
+
 def pipeline_chart(steps: Sequence[StepRecord], *, num_stages: int) -> str | None:
     """A stretch of steps as bars: stages below each other, coloured by batch; copies as thin bars below each stage."""
     steps = [step for step in steps if step.stages]
@@ -216,25 +228,28 @@ def pipeline_chart(steps: Sequence[StepRecord], *, num_stages: int) -> str | Non
         return None
     start = min(span.start_seconds for step in steps for span in step.stages)
     figure, (axes,) = _figure(rows=1, height_inches=0.7 + 0.6 * num_stages)
+    bars: dict[_Bars, list[tuple[float, float]]] = defaultdict(list)
     for step in steps:
         for stage, span in enumerate(step.stages):
-            bar = [(1e3 * (span.start_seconds - start), 1e3 * span.duration_seconds)]
+            bar = (1e3 * (span.start_seconds - start), 1e3 * span.duration_seconds)
             if step.num_rows:
                 hatch = "////" if step.phase is Phase.PREFILL else None
-                axes.broken_barh(
-                    bar,
-                    (stage - 0.32, 0.5),
-                    facecolor=series(step.batch_id),
-                    edgecolor=marker("page"),
-                    linewidth=0.5,
-                    hatch=hatch,
-                )
-                if span.duration_seconds > 0:
-                    wait = [(bar[0][0], 1e3 * span.window_wait_seconds)]
-                    axes.broken_barh(wait, (stage - 0.32, 0.14), facecolor=marker("error"), linewidth=0)
+                bars[_Bars(stage - 0.32, 0.5, series(step.batch_id), hatch)].append(bar)
+                if span.window_wait_seconds > 0:
+                    wait = (bar[0], 1e3 * span.window_wait_seconds)
+                    bars[_Bars(stage - 0.32, 0.14, marker("error"))].append(wait)
             for num_bytes, offset, colour in ((span.refill_bytes, 0.22, 1), (span.home_bytes, 0.32, 2)):
                 if num_bytes:
-                    axes.broken_barh(bar, (stage + offset, 0.08), facecolor=series(colour), linewidth=0)
+                    bars[_Bars(stage + offset, 0.08, series(colour))].append(bar)
+    for style, spans in sorted(bars.items(), key=lambda item: -item[0].height):  # waits over steps
+        axes.broken_barh(
+            spans,
+            (style.top, style.height),
+            facecolor=style.colour,
+            edgecolor=marker("page"),
+            linewidth=0.5 if style.height == 0.5 else 0,
+            hatch=style.hatch,
+        )
     axes.set_ylim(num_stages - 0.45, -0.45)
     axes.set_yticks(range(num_stages), [f"stage {stage}" for stage in range(num_stages)])
     axes.set_xlabel(f"ms from {start:,.3f} s on")
@@ -262,12 +277,18 @@ def _svg(figure: Figure, name: str) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\bd="[^"]*"', _rounded, svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
     svg = re.sub(r'^<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg)
     svg = re.sub(r'^<svg ([^>]*?)height="[^"]*"', rf'<svg role="img" aria-labelledby="title-{name}" \1', svg)
     return with_variables(svg)
+
+
+def _rounded(path: re.Match[str]) -> str:
+    """A hundredth of a point is finer than any screen."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", path.group())
 
 
 def _time_axis(axes: Axes, run: RunSnapshot) -> None:

@@ -13,8 +13,7 @@ import typer
 
 from pipemax import LLM, cli
 from tests.docs.blocks import DOCUMENTS, ROOT, blocks
-from tests.test_tokenization import save_byte_level
-from tests.worker.families import VOCAB_SIZE, config_of
+from tests.docs.tiny_model import save_tiny_model
 
 LARGE_MODEL = re.compile(r"/models/[\w.-]+")
 
@@ -22,13 +21,7 @@ LARGE_MODEL = re.compile(r"/models/[\w.-]+")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny model with a tokenizer and a chat template; its weights are drawn when it is loaded."""
-    folder = tmp_path_factory.mktemp("model")
-    save_byte_level(folder)
-    config = config_of("llama")
-    config.vocab_size = max(VOCAB_SIZE, 600)
-    config.max_position_embeddings = 256
-    config.save_pretrained(folder)
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -163,6 +163,13 @@ def test_the_timeline_is_taken_from_the_middle_of_decode():
     assert timeline_window(replace(run, head=(), tail=())) == ()
 
 
+def test_the_timeline_says_when_it_begins():
+    run = recorded_run()
+    steps = timeline_window(run)
+    svg = charts.pipeline_chart(steps, num_stages=2)
+    assert svg is not None and f"ms from {steps[0].stages[0].start_seconds:.3f} s on" in svg
+
+
 def test_charts_of_a_run_without_copies():
     run = recorded_run()
     totals = replace(run.totals, stages=[replace(use, refill_bytes=0, home_bytes=0) for use in run.totals.stages])
