@@ -16,7 +16,7 @@ MODEL := models/SmolLM2-135M-Instruct
 
 # So few KV blocks on the device that the rows in flight do not fit: blocks go home and come back.
 DEMO_FLAGS := --pipeline-parallel-size 2 --max-model-len 1024 --max-num-seqs 16 \
-	--num-device-blocks 128 --num-window-blocks 48 --host-memory-gib 1
+	--num-device-blocks 128 --num-window-blocks 48 --host-memory-gib 1 --device cpu
 
 .PHONY: help install model demo test lint docs clean
 
@@ -43,7 +43,7 @@ demo: $(INSTALLED) $(MODEL)/config.json
 		--model $(MODEL) $(DEMO_FLAGS)
 	$(PYTHON_BIN) tools/show_answers.py examples/requests.jsonl demo/answers.jsonl
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(MODEL)/config.json
 	@$(PYTHON_BIN) -m pytest
 
 lint: $(INSTALLED)
