@@ -1,7 +1,8 @@
 """Greedy tokens equal `transformers` `generate`, token by token, for every family, stage count and memory size.
 
-`roomy` keeps everything resident. `tight` has the smallest device pool that the longest request allows, most of it window, so that
-every block travels several times. Both run the real thing: stage processes, gloo links, copies beside compute.
+`roomy` keeps everything resident. `tight` has the smallest device pool that the longest request allows, most of it
+window, so that every block travels several times. Both run the real thing: stage processes, gloo links, copies beside
+compute.
 """
 
 from __future__ import annotations
