@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pipemax.config import KVOffload, PhasePolicyName
@@ -229,7 +229,8 @@ def _scaled(link: HostLink, factor: float) -> HostLink:
     )
 
 
-@settings(max_examples=300, deadline=None)
+# Without shrinking, which takes minutes here; the checks that plans are right say enough about what went wrong.
+@settings(max_examples=200, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(scenarios())
 def test_invariants_hold_however_wrong_the_estimates(scenario: Scenario) -> None:
     run(scenario)
