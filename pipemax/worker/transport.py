@@ -131,7 +131,8 @@ class StageLinks:
         self._unfinished_tokens: deque[Transfer] = deque()
         if num_stages == 1:
             return
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # nobody outside this machine may connect
+            os.environ.setdefault(variable, "lo")
         try:
             dist.init_process_group(
                 "gloo",

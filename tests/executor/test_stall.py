@@ -18,6 +18,7 @@ from pipemax.executor.stacks import process_state
 from pipemax.executor.watchdog import Watchdog
 from tests.executor.plans import Row, make_plan, new_request
 from tests.executor.test_process import (  # noqa: F401  (fixtures)
+    alive,
     model_dir,
     no_stage_left,
     run_one_step,
@@ -176,3 +177,31 @@ def test_how_a_process_ended_in_words(tmp_path: Path) -> None:
 def test_states_of_processes() -> None:
     assert process_state(os.getpid()) == "running"
     assert process_state(2**22 + 1) == "gone"
+
+
+def test_a_fork_server_that_is_killed_takes_its_stages_with_it_and_the_next_start_has_a_new_one(
+    model_dir: Path,  # noqa: F811
+    no_stage_left: None,  # noqa: F811
+) -> None:
+    from multiprocessing import forkserver
+
+    executor = start(model_dir)
+    run_one_step(executor)
+    pids = [process.pid for process in stage_processes()]
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+
+    def run_on() -> None:
+        for step in range(1, 200):
+            executor.submit(make_plan(step, []))
+            executor.wait()
+            time.sleep(0.01)
+
+    with pytest.raises(ExecutorError, match=r"stage [01] ended|stage [01] was killed"):
+        run_on()
+    deadline = time.monotonic() + 5
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert alive(pids) == []
+    executor = start(model_dir)
+    run_one_step(executor)
+    executor.shutdown()
