@@ -95,7 +95,7 @@ class FlashInferAttention:
         self._num_heads = num_heads
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
-        self._float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._workspaces_of: dict[_Variant, list[_Workspace]] = {}
         self._num_planned_of: dict[_Variant, int] = {}
         self._kernel_loads: dict[tuple[bool, bool], bool] = {}
@@ -203,7 +203,7 @@ class FlashInferAttention:
         turn = self._num_planned_of.get(variant, 0)
         self._num_planned_of[variant] = turn + 1
         if len(workspaces) < _NUM_WORKSPACES:
-            wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self._float_workspace, "NHD", backend=_KERNEL)
+            wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self.float_workspace, "NHD", backend=_KERNEL)
             # Blocking: the thread that issues steps sleeps while the device catches up.
             workspaces.append(_Workspace(wrapper, torch.cuda.Event(blocking=True)))  # type: ignore[no-untyped-call]
             return workspaces[-1]
@@ -315,9 +315,11 @@ class CapturedWorkspaces:
     Only the pinned side of plans takes turns: a plan must not write where the copy of an earlier one still reads.
     """
 
-    def __init__(self, device: torch.device, *, most_pages: int) -> None:
+    def __init__(self, float_workspace: Tensor, *, most_pages: int) -> None:
+        """`float_workspace`: that of a `FlashInferAttention` whose steps run on the same stream."""
+        device = float_workspace.device
         self.device = device
-        self.float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.float_workspace = float_workspace
         self.int_workspace = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.kv_indices = torch.zeros(most_pages, dtype=torch.int32, device=device)
         self._pinned = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipemax.attention.base import RowLayout
-from pipemax.attention.flashinfer import CapturedDecodeAttention, CapturedWorkspaces
+from pipemax.attention.flashinfer import CapturedDecodeAttention, CapturedWorkspaces, FlashInferAttention
 from pipemax.worker.attention_hook import LayerFences, LayerPools
 from pipemax.worker.llama_layers import LlamaLayers
 from pipemax.worker.piece_graphs import graph_sizes
@@ -33,12 +33,16 @@ class DecodeGraphs:
         layers: LlamaLayers,
         *,
         stage: StageSlice,
+        backend: FlashInferAttention,
         pools: LayerPools,
         scratch_slot: int,
         block_size: int,
         max_rows: int,
     ) -> None:
-        """`scratch_slot` is a device slot that belongs to no request; slots below it do. All layers attend alike."""
+        """`backend` serves the other steps; the two share a workspace. All layers attend alike.
+
+        `scratch_slot` is a device slot that belongs to no request; slots below it do.
+        """
         attention = layers.common_attention
         assert attention is not None
         self._layers = layers
@@ -48,7 +52,7 @@ class DecodeGraphs:
         self._sizes = graph_sizes(max_rows)
         self._buffers = layers.buffers(self._sizes[-1])
         most_pages = scratch_slot + self._sizes[-1]
-        workspaces = CapturedWorkspaces(self._buffers.positions.device, most_pages=most_pages)
+        workspaces = CapturedWorkspaces(backend.float_workspace, most_pages=most_pages)
         self._backends = {
             size: CapturedDecodeAttention(
                 num_rows=size,

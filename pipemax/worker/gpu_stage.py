@@ -98,6 +98,7 @@ def capture_decode(
     graphs = DecodeGraphs(
         layers,
         stage=model.stage,
+        backend=backend,
         pools=pools,
         scratch_slot=scratch_slot,
         block_size=block_size,

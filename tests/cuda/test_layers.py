@@ -128,7 +128,8 @@ def test_decode_graphs_are_as_near_to_float32_as_steps_without_graphs(device, fa
     for graphs in (False, True):
         pipeline = Pipeline(tmp_path, 1, device=device, dtype="bfloat16")
         stage = pipeline.stages[0]
-        pipeline.backend = _RowsSeen(open_attention(stage, AttentionChoice.FLASHINFER))
+        attention = open_attention(stage, AttentionChoice.FLASHINFER)
+        pipeline.backend = _RowsSeen(attention)
         stage.use_own_layers(FlashInferOps(), max_model_len=64)
         scratch_slot = max(pipeline.free)
         pipeline.free.remove(scratch_slot)
@@ -136,6 +137,7 @@ def test_decode_graphs_are_as_near_to_float32_as_steps_without_graphs(device, fa
             captured = DecodeGraphs(
                 stage.own_layers,
                 stage=stage.stage,
+                backend=attention,
                 pools=pipeline.stores[0],
                 scratch_slot=scratch_slot,
                 block_size=BLOCK_SIZE,

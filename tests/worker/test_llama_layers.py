@@ -1,4 +1,4 @@
-"""Our own layer forward against Transformers' on the same weights, in float32 on the CPU; and which families have one."""
+"""Our own layer forward against Transformers' on the same weights, in float32 on the CPU; which families have one."""
 
 from __future__ import annotations
 

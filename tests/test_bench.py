@@ -1,0 +1,112 @@
+"""`pipemax bench throughput`: on a tiny model over two CPU stages, and what it makes of the steps that it sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipemax.bench import LengthPair, StepLog, read_lengths
+from pipemax.cli import main
+from pipemax.config import ConfigError
+from pipemax.observer import EngineGauges
+from pipemax.plan import Phase, StageTiming, StepResult
+from tests.executor.plans import Row, make_plan
+from tests.worker.families import save_model
+
+LENGTHS = [(30, 10), (5, 40), (60, 7), (12, 25), (1, 1)]
+
+
+def write_lengths(file: Path, rows: list[tuple[int, int]]) -> Path:
+    file.write_text("prompt_tokens,output_tokens\n" + "".join(f"{prompt},{output}\n" for prompt, output in rows))
+    return file
+
+
+def test_every_request_gets_its_own_length_and_the_report_adds_up(tmp_path, monkeypatch, capsys):
+    save_model("llama", tmp_path / "model")
+    dataset = write_lengths(tmp_path / "lengths.csv", LENGTHS)
+    arguments = ["bench", "throughput", "--model", str(tmp_path / "model"), "--dataset-path", str(dataset)]
+    arguments += ["--num-prompts", "4", "--output-json", str(tmp_path / "out.json"), "--device", "cpu", "-pp", "2"]
+    arguments += ["--num-device-blocks", "8", "--num-window-blocks", "2", "--host-memory-gib", "0.05"]
+    monkeypatch.setattr("sys.argv", ["pipemax", *arguments, "--threads-per-stage", "1"])
+    assert main() == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["requests"], report["prompt_tokens"], report["output_tokens"]) == (4, 107, 82)
+    assert report["max_tokens_per_request"] == 40
+    # Every token was computed by some step; the first output of a request comes from its prefill.
+    computed = sum(entry["tokens"] for entry in report["phases"].values())
+    assert computed >= 107 + 82 - 4
+    # An end is learnt of late by a step or two: hidden lengths cost a few rows, not many.
+    assert computed <= 107 + 82 + 3 * 4
+    for stage in report["stages"]:
+        seconds = [value for name, value in stage.items() if name.endswith("_seconds")]
+        assert sum(seconds) == pytest.approx(report["wall_seconds"], rel=0.1)
+        assert stage["home_bytes"] > 0
+    assert report["output_tokens_per_second"] == pytest.approx(82 / report["wall_seconds"])
+    assert "4 requests, 107 prompt and 82 output tokens" in capsys.readouterr().out
+
+
+def test_lengths_are_read_as_far_as_asked(tmp_path):
+    dataset = write_lengths(tmp_path / "lengths.csv", LENGTHS)
+    assert read_lengths(dataset, num_prompts=2) == [LengthPair(30, 10), LengthPair(5, 40)]
+    assert len(read_lengths(dataset, num_prompts=None)) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "num_prompts", "what"),
+    [
+        ("prompt,output\n1,2\n", None, "needs columns prompt_tokens and output_tokens"),
+        ("prompt_tokens,output_tokens\n1,many\n", None, "with numbers in them"),
+        ("prompt_tokens,output_tokens\n1,2\n", 2, "has 1 rows; --num-prompts 2 is more"),
+        ("prompt_tokens,output_tokens\n1,0\n", None, "at least one prompt token and one output token"),
+        ("prompt_tokens,output_tokens\n", None, "at least one prompt token and one output token"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, text, num_prompts, what):
+    file = tmp_path / "lengths.csv"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=what) as raised:
+        read_lengths(file, num_prompts=num_prompts)
+    assert str(file) in str(raised.value)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_lengths(tmp_path / "none.csv", num_prompts=None)
+
+
+def logged(steps: list[tuple[int, int, float]]) -> StepLog:
+    """A log of (rows, new tokens a row, end in seconds); one stage that computed for half of every second."""
+    log = StepLog(num_stages=1)
+    for step_id, (num_rows, num_new, end_seconds) in enumerate(steps):
+        rows = [Row(i, 0 if num_new > 1 else 8, num_new, [i, i + 100, i + 200]) for i in range(num_rows)]
+        plan = make_plan(step_id, rows)
+        plan = dataclasses.replace(plan, phase=Phase.PREFILL if num_new > 1 else Phase.DECODE)
+        log.on_submit(plan, now_seconds=0.0, gauges=EngineGauges(0, 0, num_rows, 2 * num_rows, 0, num_rows))
+        timing = StageTiming(end_seconds - 0.5, 0.5, 0.0, 0.0, 3, 5)
+        tokens = np.zeros(num_rows, np.int32)
+        log.on_result(StepResult(step_id, 0, plan.request_ids, tokens, None, {}, end_seconds, (timing,)), [])
+    return log
+
+
+def test_the_steady_rate_looks_at_full_decode_steps_that_follow_each_other():
+    steps = [(10, 5, 1.0), (10, 1, 3.0), (10, 1, 4.0), (9, 1, 5.0), (4, 1, 5.1), (1, 5, 9.0), (10, 1, 20.0)]
+    # Steps 2 and 3: 19 rows in two seconds. The first decode step follows prefill, the fifth is not full.
+    assert logged(steps).steady_decode_tokens_per_second() == pytest.approx(9.5)
+    assert logged(steps[:2]).steady_decode_tokens_per_second() is None
+
+
+def test_phases_and_stages_add_up_what_was_seen():
+    log = logged([(2, 5, 1.0), (3, 1, 2.0), (1, 1, 3.0)])
+    assert log.phases() == {
+        "prefill": {"steps": 1, "rows": 2, "tokens": 10, "compute_seconds": 0.5},
+        "decode": {"steps": 2, "rows": 4, "tokens": 4, "compute_seconds": 1.0},
+    }
+    stage = log.stages(wall_seconds=4.0)[0]
+    assert (stage["compute_seconds"], stage["idle_seconds"], stage["refill_bytes"], stage["home_bytes"]) == (
+        1.5,
+        2.5,
+        9,
+        15,
+    )
+    assert (log.most_gauges.num_running, log.most_gauges.resident_blocks) == (3, 6)
