@@ -28,6 +28,8 @@ import numpy as np
 from pipemax.config import ConfigError
 from pipemax.observer import EngineGauges
 from pipemax.plan import Phase, StepPlan, StepResult
+from pipemax.report.html_report import JobOutcome
+from pipemax.report.job_record import JobRecord, RecordWishes
 from pipemax.request import SamplingParams
 from pipemax.scheduling.request_state import RequestState, RequestUpdate
 
@@ -128,10 +130,11 @@ def run_throughput(
     dataset_path: Path,
     num_prompts: int | None,
     output_json: Path | None,
+    wishes: RecordWishes,
     engine_settings: Mapping[str, Any],
     stdout: TextIO,
 ) -> dict[str, Any]:
-    """Runs the benchmark, prints a summary and writes `output_json`; gives what it wrote.
+    """Runs the benchmark, prints a summary and writes `output_json`, trace and report; gives what it wrote as JSON.
 
     Raises ConfigError for a wrong file or settings, ExecutorError when a stage fails.
     """
@@ -152,6 +155,8 @@ def run_throughput(
         requests = _requests(lengths, llm.vocab_size, max_tokens, rng, first_id=len(warm_up))
         log = StepLog(num_stages=capacity.num_stages)
         engine.observe(log)
+        record = JobRecord(wishes)
+        record.watch(llm)
         started_seconds = time.monotonic()
         _run(llm, requests, lengths)
         wall_seconds = time.monotonic() - started_seconds
@@ -191,6 +196,14 @@ def run_throughput(
     _print(report, stdout)
     if output_json is not None:
         output_json.write_text(json.dumps(report, indent=1) + "\n")
+    record.write(
+        JobOutcome(
+            title=f"{dataset_path.name} with {llm.model_name}",
+            total_rows=len(lengths),
+            answered_rows=len(lengths),
+            failed_rows=0,
+        )
+    )
     return report
 
 

@@ -39,6 +39,19 @@ class ExitCode(enum.IntEnum):
 
 
 _WATCHING = "Watching the job"
+_Trace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="Trace of the steps, for ui.perfetto.dev (JSON).",
+        show_default="not written",
+        rich_help_panel=_WATCHING,
+    ),
+]
+_Report = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="Report: one HTML page.", show_default="not written", rich_help_panel=_WATCHING),
+]
 
 app = typer.Typer(
     name="pipemax",
@@ -131,6 +144,8 @@ def bench_throughput(
     output_json: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Everything measured, as JSON.", show_default="not written")
     ] = None,
+    trace: _Trace = None,
+    report: _Report = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks with errors.")] = False,
     engine: dict[str, Any],
 ) -> None:
@@ -141,11 +156,13 @@ def bench_throughput(
     """
     with _errors_told(verbose=verbose):
         from pipemax.bench import run_throughput
+        from pipemax.report.job_record import RecordWishes
 
         run_throughput(
             dataset_path=dataset_path,
             num_prompts=num_prompts,
             output_json=output_json,
+            wishes=RecordWishes(trace=trace, report=report, command=["pipemax", *sys.argv[1:]], settings=engine),
             engine_settings=engine,
             stdout=sys.stdout,
         )
@@ -197,24 +214,8 @@ def run_batch(
         ),
     ] = 5,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Trace of the steps, for ui.perfetto.dev (JSON).",
-            show_default="not written",
-            rich_help_panel=_WATCHING,
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Report of the job: one HTML page.",
-            show_default="not written",
-            rich_help_panel=_WATCHING,
-        ),
-    ] = None,
+    trace: _Trace = None,
+    report: _Report = None,
     metrics_port: Annotated[
         int | None,
         typer.Option(

@@ -98,7 +98,8 @@ class _Submitted:
 class StepRecorder:
     """Implements `EngineObserver`. `capacity` is the executor's.
 
-    Engines may follow one another, on the same clock: tell it by `engine_replaced`.
+    May come to an engine that runs already: plans in flight by then are not counted. Engines may follow one another,
+    on the same clock: tell it by `engine_replaced`.
     """
 
     def __init__(self, *, capacity: Capacity) -> None:
@@ -139,7 +140,9 @@ class StepRecorder:
     def on_result(self, result: StepResult, updates: Sequence[RequestUpdate]) -> None:
         """See `EngineObserver`."""
         with self._lock:
-            step = self._submitted.pop(result.step_id)
+            step = self._submitted.pop(result.step_id, None)
+            if step is None:
+                return  # a plan of before this recorder came
             assert self._start_seconds is not None
             output_tokens = sum(update.token_id is not None for update in updates)
             failed = sum(update.error is not None for update in updates)

@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
+from pipemax.engine import Engine
 from pipemax.observer import EngineGauges
 from pipemax.plan import Phase
 from pipemax.report import recorder as recorder_module
 from pipemax.report.interval import Interval, IntervalSeries, StageUse
 from pipemax.report.recorder import StepRecorder
-from tests.report.runs import CAPACITY, OUTPUT_LENGTHS, record, recorded_run, request
+from tests.report.runs import CAPACITY, OUTPUT_LENGTHS, executor, record, recorded_run, request, scheduler
 
 
 def test_sums_are_those_of_the_executor():
@@ -145,6 +146,22 @@ def test_an_engine_may_be_replaced_by_another():
     run = recorder.snapshot()
     assert len(run.head) == first.num_steps + second.num_steps
     assert run.totals.output_tokens == 2 * sum(OUTPUT_LENGTHS.values())
+
+
+def test_a_recorder_may_come_late():
+    engine = Engine(scheduler=scheduler(), executor=executor())
+    for request_id in range(4):
+        engine.add_request(request(request_id))
+    for _ in range(3):
+        engine.step()
+    in_flight = engine.scheduler.num_plans_in_flight
+    recorder = StepRecorder(capacity=CAPACITY)
+    engine.observe(recorder)
+    while engine.scheduler.num_plans_in_flight:
+        engine.step()
+    run = recorder.snapshot()
+    assert in_flight > 0 and len(run.head) == sum(run.totals.steps.values()) > 0
+    assert run.head[0].step_id > 0 and run.head[0].submitted_seconds == 0
 
 
 def test_recording_needs_no_torch():
