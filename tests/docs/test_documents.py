@@ -52,7 +52,7 @@ def test_named_files_of_the_project_are_there(document):
 def commands(text):
     """Words of the lines that run pipemax."""
     joined = text.replace("\\\n", " ")
-    return [shlex.split(line) for line in joined.splitlines() if line.startswith("pipemax ")]
+    return [shlex.split(line, comments=True) for line in joined.splitlines() if line.startswith("pipemax ")]
 
 
 def parse(words):
