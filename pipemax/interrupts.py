@@ -61,16 +61,15 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():
             for number in _ASKING:
                 self._before[number] = signal.signal(number, self._handle)
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before:
+        if signal.SIGALRM in self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first = self._signal_number is None
@@ -79,6 +78,7 @@ class Interrupts:
         assert self._signal_number is not None
         if not first or not self._in_flight:
             raise JobInterrupted(self._signal_number)
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._handle)
         signal.setitimer(signal.ITIMER_REAL, self._drain_seconds)
         if self._message:
             with contextlib.suppress(OSError):
