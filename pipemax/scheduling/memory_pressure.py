@@ -43,7 +43,6 @@ class MemoryPressure:
         self._reserved_blocks = 0
         self._batch_blocks = [0] * len(population.batches)
         self._batch_absent = [0] * len(population.batches)
-        self._admissible_blocks = (kv.host if kv.offload is KVOffload.ON else kv.device).num_blocks
         self._holders: dict[int, RequestState] = {}  # requests with a block table, by time of admission
         self._leftovers: dict[int, RequestState] = {}  # of those, not in a batch and maybe still on the device
         self._stalled: set[int] = set()
@@ -60,10 +59,16 @@ class MemoryPressure:
         return bool(self._stalled)
 
     def can_admit(self, request: RequestState) -> bool:
-        """Whether a waiting request's expected length fits at home beside what is promised already."""
+        """Whether a waiting request's expected length fits at home beside what is promised already.
+
+        Without offloading there is no room to promise: what it has now must fit the device, and who grows too much later
+        starts over.
+        """
         if request.request_id in self._holders or not self._holders:
             return True
-        return self._reserved_blocks + self._expected_blocks(request) <= self._admissible_blocks
+        if self._kv.offload is KVOffload.OFF:
+            return self._kv.device.num_free >= self._kv.blocks_for(request.num_tokens) + self.growth_reserve()
+        return self._reserved_blocks + self._expected_blocks(request) <= self._kv.host.num_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
         """Slots to keep for chunks of that many tokens: one being computed, one on its way home."""
