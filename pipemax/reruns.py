@@ -7,7 +7,8 @@
 
 So a row that crashes the pipeline costs a handful of restarts and takes no other row with it, and a machine that fails
 now and then just goes on. What fails time after time, with no row finished in between, is not a row's fault: the error
-is raised. Condemned rows are given out only once another row has finished, so that a broken machine condemns nobody.
+is raised. Condemned rows are given out once another row has finished, which shows that the pipeline works, or at the
+end; when too many wait for that, the pipeline is broken after all, and nobody is to blame.
 
 Pure bookkeeping. Never here: processes, files, what a row is.
 """
@@ -34,7 +35,10 @@ class Condemned(Generic[Row]):
 
 
 class Reruns(Generic[Row]):
-    """Rows are known by a key, their custom id. `max_failures`: failures in a row without any progress."""
+    """Rows are known by a key, their custom id. `max_failures`: failures in a row without any progress.
+
+    Progress is a row that finishes, and among suspects a failure with fewer of them or with one alone.
+    """
 
     def __init__(self, *, max_failures: int) -> None:
         self._max_failures = max_failures
@@ -43,6 +47,7 @@ class Reruns(Generic[Row]):
         self._blame: dict[str, int] = {}
         self._solo_failures: dict[str, int] = {}
         self._condemned: list[Condemned[Row]] = []
+        self._proven: list[Condemned[Row]] = []
         self._stalled_failures = 0
         self._fewest_unfinished = 0
         self._running_group = False
@@ -63,15 +68,17 @@ class Reruns(Generic[Row]):
         self._solo_failures.pop(key, None)
         self._stalled_failures = 0
         self._fewest_unfinished = 0
+        self._proven += self._condemned
+        self._condemned.clear()
 
     def failed(self, error: Exception, in_flight: Sequence[tuple[str, Row]]) -> None:
         """The pipeline has failed with these (key, row) in flight. Raises `error` when it has done so too often."""
-        narrowed = self._running_group and 0 < len(in_flight) < self._fewest_unfinished
+        narrowed = self._running_group and (len(in_flight) == 1 or len(in_flight) < self._fewest_unfinished)
         if not narrowed:
             self._stalled_failures += 1
         self._fewest_unfinished = len(in_flight)
         self._sort(error, list(in_flight))
-        if self._stalled_failures > self._max_failures:
+        if max(self._stalled_failures, len(self._condemned)) > self._max_failures:
             raise error
 
     def could_not_start(self, error: Exception) -> None:
@@ -86,10 +93,10 @@ class Reruns(Generic[Row]):
         return self._stalled_failures
 
     def take_condemned(self, *, at_end: bool = False) -> list[Condemned[Row]]:
-        """Rows that are to become errors. Before the end only when another row has finished since."""
-        if self._stalled_failures and not at_end:
-            return []
-        condemned, self._condemned = self._condemned, []
+        """Rows that are to become errors. Before the end only those since which another row has finished."""
+        condemned, self._proven = self._proven, []
+        if at_end:
+            condemned, self._condemned = condemned + self._condemned, []
         return condemned
 
     def _sort(self, error: Exception, in_flight: list[tuple[str, Row]]) -> None:
@@ -98,8 +105,8 @@ class Reruns(Generic[Row]):
                 self._sort_single(error, *in_flight[0])
             else:
                 size = -(-len(in_flight) // _SPLIT)
-                groups = [in_flight[i : i + size] for i in range(0, len(in_flight), size)]
-                self._groups.extendleft(reversed(groups))
+                # Behind the other groups: good ones among those show that the pipeline works.
+                self._groups.extend(in_flight[i : i + size] for i in range(0, len(in_flight), size))
             return
         suspects: list[tuple[str, Row]] = []
         for key, row in in_flight:
@@ -111,7 +118,7 @@ class Reruns(Generic[Row]):
     def _sort_single(self, error: Exception, key: str, row: Row) -> None:
         self._solo_failures[key] = self._solo_failures.get(key, 0) + 1
         if self._solo_failures[key] < _SOLO_FAILURES:
-            self._groups.appendleft([(key, row)])
+            self._groups.append([(key, row)])
             return
         del self._solo_failures[key]
         self._blame.pop(key, None)
