@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", default=GPUS)
     parser.add_argument("--traces", nargs="+", default=TRACES)
     parser.add_argument("--max-requests", type=int, help="the first N of each trace; default: all")
+    parser.add_argument("--kinds", nargs="+", help="these rows of the table only")
     parser.add_argument("--ablation", action="store_true", help="each policy off in turn instead")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -221,6 +222,7 @@ def main() -> None:
 
     spec = model()
     todo = cases(args.gpus, args.traces, ablation=args.ablation)
+    todo = [case for case in todo if args.kinds is None or case[0] in args.kinds]
     done: dict[tuple[str, str, str], dict[str, Any]] = {}
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {
