@@ -73,6 +73,11 @@ class KVManager:
         """Blocks to allocate before the request's KV can hold `num_tokens`."""
         return max(0, self.blocks_for(num_tokens) - self._tables[request_id].num_blocks)
 
+    @property
+    def num_promoted(self) -> int:
+        """Blocks that the refill being composed brings to slots of their own."""
+        return len(self._promoted)
+
     # -- life of a request ---------------------------------------------------------------------------------------------
 
     def add(self, request_id: int) -> None:

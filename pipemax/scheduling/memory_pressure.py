@@ -89,10 +89,10 @@ class MemoryPressure:
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """A new step is being staged; it has no rows yet."""
+        """A step is being staged, without rows as yet. What has boarded for another attempt travels all the same."""
         self._rows.clear()
         self._window_used = 0
-        self._refill_blocks = 0
+        self._refill_blocks = self._kv.num_promoted
 
     def _take_row(self, request: RequestState, *, absent: int, promoted_blocks: int) -> None:
         self._rows.add(request.request_id)
