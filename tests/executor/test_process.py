@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -260,14 +261,18 @@ def test_results_that_were_complete_come_before_the_error(model_dir: Path, no_st
 
 
 def test_the_stage_that_failed_is_told_from_those_whose_links_broke(model_dir: Path, no_stage_left: None) -> None:
-    """Only the last stage looks at stop tokens; the others fail at the same time, over links to one that is gone."""
+    """Only the last stage gets no more memory; the others fail at the same time, over links to one that is gone."""
     executor = start(model_dir, num_stages=3)
-    impossible = replace(new_request(0, [1, 2, 3], min_tokens=1), stop_token_ids=(-1_000_000,))
-    executor.submit(make_plan(0, [Row(0, 0, 3, [0])], new=[impossible]))
-    executor.submit(make_plan(1, [Row(0, 3, 1, [0])]))
+    executor.submit(make_plan(0, [Row(0, 0, 3, [0])], new=[new_request(0, list(range(3, 59)))]))
+    executor.wait()
+    pid = stage_process(2).pid
+    used_bytes = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (used_bytes, used_bytes))
+    executor.submit(make_plan(1, [Row(0, 3, 53, list(range(14)))]))
+    executor.submit(make_plan(2, [Row(0, 56, 1, list(range(15)))]))
     with pytest.raises(ExecutorError, match=r"^stage 2 failed: ") as caught:
         executor.wait()
-    assert "sampler.py" in caught.value.details
+    assert "memory" in caught.value.details
 
 
 def test_shutdown_twice_and_without_any_step(model_dir: Path, no_stage_left: None) -> None:
