@@ -61,8 +61,8 @@ class MemoryPressure:
     def can_admit(self, request: RequestState) -> bool:
         """Whether a waiting request's expected length fits at home beside what is promised already.
 
-        Without offloading there is no room to promise: what it has now must fit the device, and who grows too much later
-        starts over.
+        Without offloading there is no room to promise: what it has now must fit the device, and who grows too much
+        later starts over.
         """
         if request.request_id in self._holders or not self._holders:
             return True
