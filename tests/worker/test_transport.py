@@ -162,3 +162,27 @@ def test_sockets_are_on_the_loopback_interface_only(tmp_path: Path, monkeypatch:
 def test_a_single_stage_has_no_links(tmp_path: Path) -> None:
     StageLinks(stage=0, num_stages=1, rendezvous=tmp_path / "rendezvous")
     assert not dist.is_initialized() and not (tmp_path / "rendezvous").exists()
+
+
+def test_sockets_are_bound_to_the_loopback_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def record(*arguments: object, **settings: object) -> None:
+        seen.append((os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")))
+        raise RuntimeError("that is enough")
+
+    monkeypatch.setattr(transport.dist, "init_process_group", record)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+    with pytest.raises(LinkError):
+        StageLinks(stage=0, num_stages=2, rendezvous=tmp_path / "rendezvous")
+    assert seen == [("lo", "eth7")]
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")  # set by the code under test
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    with pytest.raises(LinkError):
+        StageLinks(stage=0, num_stages=2, rendezvous=tmp_path / "rendezvous")
+    assert seen[1] == ("lo", "lo")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
