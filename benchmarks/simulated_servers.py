@@ -138,6 +138,15 @@ def run_estimate(
         "num_restarted": best.num_preemptions,
         "max_num_seqs": rows,
         "max_num_batched_tokens": tokens,
+        "tried": [
+            {
+                "max_num_seqs": limit,
+                "max_num_batched_tokens": chunk,
+                "output_tokens_per_second": run.output_tokens_per_second,
+                "num_restarted": run.num_preemptions,
+            }
+            for (limit, chunk), run in runs.items()
+        ],
     }
 
 
