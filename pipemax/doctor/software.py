@@ -29,7 +29,17 @@ def software_findings(survey: GpuSurvey) -> Iterator[Finding]:
 def _packages() -> Finding:
     """The package's own requirements against what is installed."""
     versions, wrong = [f"python {sys.version.split()[0]}"], []
-    for text in importlib.metadata.requires("pipemax") or []:
+    try:
+        requirements = importlib.metadata.requires("pipemax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(
+            "libraries",
+            Severity.NOTE,
+            "PipeMax runs from a folder and is not installed",
+            "nothing says which versions of its libraries it needs",
+            "install it: pip install -e FOLDER",
+        )
+    for text in requirements:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
