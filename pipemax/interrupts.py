@@ -3,7 +3,8 @@
     first     no new rows; what is in flight may finish, for a bounded time
     second    (or the bound is reached) KeyboardInterrupt, wherever the job is
 
-Before rows are in flight the first one ends the job at once. Never here: what ends, and how (`run_batch.py`).
+Before rows are in flight the first one ends the job at once; once all is done it changes nothing, and a second one ends
+what is still being closed. Never here: what ends, and how (`run_batch.py`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Interrupts:
         self._message = message
         self._signal_number: int | None = None
         self._in_flight = False
+        self._all_done = False
         self._before: dict[int, Any] = {}
 
     @property
@@ -52,9 +54,14 @@ class Interrupts:
         """From now on the first signal lets them finish."""
         self._in_flight = True
 
+    def all_is_done(self) -> None:
+        """From now on a first signal changes nothing, and one that came before no longer counts."""
+        self._all_done = True
+        self._end_the_wait()
+
     def raise_if_requested(self) -> None:
-        """Raises JobInterrupted if the job has been asked to end."""
-        if self._signal_number is not None:
+        """Raises JobInterrupted if the job has been asked to end before all was done."""
+        if self._signal_number is not None and not self._all_done:
             raise JobInterrupted(self._signal_number)
 
     def __enter__(self) -> Interrupts:
@@ -66,10 +73,13 @@ class Interrupts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if signal.SIGALRM in self._before:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        self._end_the_wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _end_the_wait(self) -> None:
+        if signal.SIGALRM in self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first = self._signal_number is None
@@ -78,6 +88,8 @@ class Interrupts:
         assert self._signal_number is not None
         if not first or not self._in_flight:
             raise JobInterrupted(self._signal_number)
+        if self._all_done:
+            return
         self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._handle)
         signal.setitimer(signal.ITIMER_REAL, self._drain_seconds)
         if self._message:

@@ -207,7 +207,9 @@ class LLM:
             self._streaming = False
 
     def drop_queued(self) -> None:
-        """Makes a running `stream` give up the requests that have not begun: no output comes of them.
+        """Makes a running `stream` give up the requests that no batch has taken up: no output comes of them.
+
+        Those that were prefilled ahead are among them: there may be thousands, with all their decoding before them.
 
         May be called from a signal handler.
         """
@@ -322,7 +324,8 @@ class LLM:
 
     def _drop_queued(self, live: dict[int, _Live]) -> None:
         self._dropping_queued = False
-        for state in [state for state in self._engine.scheduler.population.waiting if not state.announced]:
+        population = self._engine.scheduler.population
+        for state in [state for state in (*population.waiting, *population.ready) if state.num_outputs <= 1]:
             self._engine.finish_request(state.request_id)
             self._outputs.drop(state.request_id)
             del live[state.request_id]

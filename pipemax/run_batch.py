@@ -308,7 +308,9 @@ def run_batch(
                     display = ProgressDisplay(counts, live=record.live, style=progress_style, stream=stderr)
                     with record.serve_metrics(counts), display:
                         job.run()
-                problem = "interrupted" if interrupts.requested else ""
+                if counts.done_rows == counts.total_rows:
+                    interrupts.all_is_done()  # also when the rows in flight that might still finish were all the rest
+                problem = "interrupted" if interrupts.requested and counts.done_rows < counts.total_rows else ""
             except BaseException as error:
                 problem = str(error) or type(error).__name__
                 raise

@@ -103,10 +103,12 @@ def test_a_job_that_meets_a_full_disk_and_a_ctrl_c(tmp_path: Path) -> None:
         family: list[int] = []
         while len(results(output)) < len(first) + 10 and job.poll() is None:
             time.sleep(0.01)
+        os.killpg(job.pid, signal.SIGSTOP)  # looking at it takes longer than its rows do on a fast machine
         family = [job.pid, *descendants(job.pid)]
         assert len(family) >= 4  # the control plane, a fork server, two stages
         addresses, segments = listening(family), shared_memory(family)
         os.killpg(job.pid, signal.SIGINT)
+        os.killpg(job.pid, signal.SIGCONT)
         said = job.communicate()[1]
     assert job.returncode == 130 and said.splitlines()[-1] == "pipemax: error: interrupted", said
     assert "rows in flight may finish" in said and "the same command goes on" in said

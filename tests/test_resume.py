@@ -395,6 +395,26 @@ def test_the_first_signal_lets_rows_in_flight_finish(tmp_path, number):
     assert job.run().answered_rows == 40
 
 
+@pytest.mark.parametrize("order", list(RowOrder))
+def test_a_signal_that_spares_no_row_does_not_count(tmp_path, order):
+    """The rows in flight were all that was left, and they finished: the job is done."""
+    job = Job(tmp_path, rows(4))
+    job.engine = Interrupted([signal.SIGINT])
+    assert job.run(row_order=order).answered_rows == 4 and job.engine.dropping
+    assert "not done" not in job.stderr.getvalue()
+
+
+def test_a_signal_after_the_last_row_changes_nothing(tmp_path):
+    class EndsLate(BackwardsEngine):
+        def shutdown(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            super().shutdown()
+
+    job = Job(tmp_path, rows(4))
+    job.engine = EndsLate()
+    assert job.run().answered_rows == 4
+
+
 def test_the_second_signal_ends_the_job_at_once(tmp_path):
     job = Job(tmp_path, rows(40))
     job.engine = Interrupted([signal.SIGINT, signal.SIGINT])

@@ -1,0 +1,33 @@
+"""`LLM.stream` given up midway: which requests still come out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipemax.llm import LLM, GenerationRequest
+from pipemax.request import SamplingParams
+from tests.faults.small_job import ENGINE, save_model
+
+
+def test_giving_up_the_queue_leaves_the_members_of_batches(tmp_path: Path) -> None:
+    """Also when most of the queue was prefilled ahead."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    llm = LLM(save_model(tmp_path / "model"), **ENGINE)
+    try:
+        population = llm._engine.scheduler.population
+        stream = llm.stream(
+            GenerationRequest(request_id=str(n), prompt=f"fox {n}", sampling_params=params) for n in range(120)
+        )
+        before = [next(stream)]
+        while len(population.ready) < 20:
+            before.append(next(stream))
+        live, in_batches = len(population.requests), population.num_running
+        assert live > in_batches + 20
+        llm.drop_queued()
+        after = list(stream)
+        assert len(after) <= in_batches + len(population.batches) * ENGINE["max_num_seqs"]
+        assert len(before) + len(after) < 100
+        assert all(len(output.outputs[0].token_ids) == 40 for output in (*before, *after))
+        assert len(llm.generate(["fox"] * 3, params)) == 3
+    finally:
+        llm.shutdown()
