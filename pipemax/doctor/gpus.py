@@ -168,7 +168,12 @@ def _models(gpus: Sequence[Gpu]) -> Finding:
             "stages get equal shares of the layers, so the slowest and the smallest GPU set the pace",
             "choose equal ones with CUDA_VISIBLE_DEVICES",
         )
-    return Finding("GPUs", Severity.GOOD, found, f"up to {len(gpus)} stages: --pipeline-parallel-size {len(gpus)}")
+    return Finding("GPUs", Severity.GOOD, found, f"{stages_for(len(gpus))}: --pipeline-parallel-size {len(gpus)}")
+
+
+def stages_for(num_gpus: int) -> str:
+    """How many stages find a GPU each, in words."""
+    return f"up to {num_gpus} stages" if num_gpus > 1 else "one stage"
 
 
 def _one_gpu(gpu: Gpu) -> list[Finding]:

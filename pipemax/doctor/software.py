@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from packaging.requirements import Requirement
 
 from pipemax.doctor.finding import Finding, Severity
-from pipemax.doctor.gpus import GpuSurvey
+from pipemax.doctor.gpus import GpuSurvey, stages_for
 
 
 def software_findings(survey: GpuSurvey) -> Iterator[Finding]:
@@ -97,10 +97,15 @@ def _torch_cuda(survey: GpuSurvey) -> Finding:
             "CUDA in torch",
             Severity.NOTE,
             f"CUDA {torch.version.cuda}, {seen} of {len(survey.gpus)} GPUs visible",
-            f"up to {seen} stages",
+            stages_for(seen),
             "CUDA_VISIBLE_DEVICES chooses",
         )
-    return Finding("CUDA in torch", Severity.GOOD, f"CUDA {torch.version.cuda}, {seen} GPUs visible", "usable")
+    return Finding(
+        "CUDA in torch",
+        Severity.GOOD,
+        f"CUDA {torch.version.cuda}, {seen} of {len(survey.gpus)} GPUs visible",
+        "usable",
+    )
 
 
 def _flashinfer(survey: GpuSurvey) -> Finding:

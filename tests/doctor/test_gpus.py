@@ -39,8 +39,12 @@ def test_eight_good_cards():
     findings = gpu_findings(survey(*gpus))
     assert set(severities(findings).values()) == {Severity.GOOD}
     assert findings[0].found == "8 x NVIDIA GeForce RTX 4090 (24 GiB)"
-    assert "--pipeline-parallel-size 8" in findings[0].meaning
+    assert findings[0].meaning == "up to 8 stages: --pipeline-parallel-size 8"
     assert "no peer access between 28 of 28 pairs" in findings[-1].found
+
+
+def test_one_card_is_one_stage():
+    assert gpu_findings(survey(GPU))[0].meaning == "one stage: --pipeline-parallel-size 1"
 
 
 @pytest.mark.parametrize(

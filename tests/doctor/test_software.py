@@ -40,7 +40,7 @@ def test_a_missing_package_blocks(monkeypatch):
         (None, 0, Severity.BLOCKS, "a build for CPUs"),
         ("13.0", 0, Severity.BLOCKS, "does not start"),
         ("13.0", 1, Severity.NOTE, "1 of 2 GPUs visible"),
-        ("13.0", 2, Severity.GOOD, "2 GPUs visible"),
+        ("13.0", 2, Severity.GOOD, "2 of 2 GPUs visible"),
     ],
 )
 def test_torch_on_a_machine_with_gpus(monkeypatch, cuda, visible, severity, words):
@@ -51,6 +51,8 @@ def test_torch_on_a_machine_with_gpus(monkeypatch, cuda, visible, severity, word
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     finding = look(survey(GPU, GPU))["CUDA in torch"]
     assert finding.severity is severity and words in finding.found
+    if visible == 1:
+        assert finding.meaning == "one stage"
 
 
 def test_flashinfer_that_is_not_there(monkeypatch):
