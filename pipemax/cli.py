@@ -243,6 +243,7 @@ def run_batch(
             raise ConfigError("--overwrite starts anew and --force-resume goes on: give one of them")
         from pipemax.config import EngineConfig
         from pipemax.io.progress import ProgressStyle
+        from pipemax.job_watch import JobWatch
         from pipemax.report.job_record import RecordWishes
         from pipemax.report.metrics import MetricsAddress
         from pipemax.run_batch import BatchEngine, BatchFiles, ExistingOutput, JobRules, RowOrder, answer_settings
@@ -252,17 +253,22 @@ def run_batch(
         if overwrite or force_resume:
             existing = ExistingOutput.OVERWRITE if overwrite else ExistingOutput.FORCE_RESUME
 
+        files = BatchFiles.check(input_file, output_file, error_file, existing=existing)
+        config = EngineConfig(**engine)
+        watch = JobWatch(stall_seconds=config.stall_seconds)
+
         def start_engine() -> BatchEngine:
             from pipemax.llm import LLM
 
-            return LLM(**engine)
+            llm = LLM(**engine)
+            watch.look_after(llm.engine)
+            return llm
 
-        files = BatchFiles.check(input_file, output_file, error_file, existing=existing)
         counts = run(
             files=files,
             rules=JobRules(
                 existing=existing,
-                settings=answer_settings(EngineConfig(**engine)),
+                settings=answer_settings(config),
                 error_threshold=None if error_threshold == -1 else error_threshold,
                 row_order=RowOrder.AS_INPUT if preserve_order else RowOrder.AS_FINISHED,
                 max_restarts=max_restarts,
@@ -278,6 +284,7 @@ def run_batch(
             progress_style=ProgressStyle.NONE if quiet else ProgressStyle.for_stream(sys.stderr),
             show_messages=not quiet,
             stderr=sys.stderr,
+            watch=watch,
         )
         if error_threshold is None and counts.failed_rows:
             raise typer.Exit(ExitCode.ROWS_FAILED)

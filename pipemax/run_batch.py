@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import os
 import stat
 import time
@@ -37,6 +38,7 @@ from pipemax.io.job_manifest import JobManifest, Settings, manifest_path
 from pipemax.io.model_digest import model_digest
 from pipemax.io.output_journal import OutputJournal
 from pipemax.io.progress import JobCounts, ProgressDisplay, ProgressStyle
+from pipemax.job_watch import JobWatch
 from pipemax.observer import EngineObserver
 from pipemax.plan import Capacity
 from pipemax.report.html_report import JobOutcome
@@ -241,8 +243,11 @@ def run_batch(
     progress_style: ProgressStyle,
     show_messages: bool,
     stderr: TextIO,
+    watch: JobWatch | None = None,
 ) -> JobCounts:
     """Runs a job, or what is left of it, and gives what came of all its rows. Without rows to run it needs no engine.
+
+    `watch` ends the process when the job itself hangs; it looks after the engines that `start_engine` gives.
 
     Raises what `start_engine` raises at the first start; ConfigError when results that are there are not of this job;
     ExecutorError when the pipeline fails too often; TooManyFailedRowsError; OSError when a file fails; JobInterrupted
@@ -251,6 +256,7 @@ def run_batch(
     """
     files.check_record(wishes)
     record, problem = JobRecord(wishes), ""
+    watch = watch or JobWatch(stall_seconds=math.inf)
 
     def tell(text: str) -> None:
         if show_messages:
@@ -302,11 +308,12 @@ def run_batch(
                         counts=counts,
                         rules=rules,
                         interrupts=interrupts,
+                        watch=watch,
                         log=record.rows,
                         tell=tell,
                     )
                     display = ProgressDisplay(counts, live=record.live, style=progress_style, stream=stderr)
-                    with record.serve_metrics(counts), display:
+                    with record.serve_metrics(counts), display, watch.watch():
                         job.run()
                 if counts.done_rows == counts.total_rows:
                     interrupts.all_is_done()  # also when the rows in flight that might still finish were all the rest
@@ -437,6 +444,7 @@ class _Job:
         counts: JobCounts,
         rules: JobRules,
         interrupts: Interrupts,
+        watch: JobWatch,
         log: RowLog,
         tell: Callable[[str], None],
     ) -> None:
@@ -448,6 +456,7 @@ class _Job:
         self._counts = counts
         self._rules = rules
         self._interrupts = interrupts
+        self._watch = watch
         self._log = log
         self._tell = tell
         self._new_rows = self._read_new_rows(rows)
@@ -464,7 +473,8 @@ class _Job:
             try:
                 self._run_together()
             except ExecutorError as error:
-                self._start_again(error)
+                with self._watch.pause():
+                    self._start_again(error)
         if not self._interrupts.requested:
             self._write_condemned(at_end=True)
 
@@ -507,6 +517,7 @@ class _Job:
 
     def _read_new_rows(self, rows: Iterable[BatchRow | RowError]) -> Iterator[BatchRow]:
         for row in rows:
+            self._watch.progress()
             if self._done.covers(row):
                 continue
             if isinstance(row, RowError):
@@ -520,6 +531,7 @@ class _Job:
     def _run_together(self) -> None:
         """All rows that are to run now; until the engine has given them back or fails."""
         for output in self._engine.stream(self._requests()):
+            self._watch.progress()
             row = self._in_flight.pop(output.request_id, None)
             assert row is not None, f"the engine gave an output of {output.request_id!r}, which it does not have"
             self._settle(row, output)

@@ -72,10 +72,11 @@ def gather_stacks(sources: Sequence[StackSource]) -> str:
         + (answers[source.stacks.fileno()].decode(errors="replace").rstrip() or "(it does not answer)")
         for source in sources
     ]
-    return "\n".join([*parts, f"--- control plane, process {os.getpid()}", _own_stacks()])
+    return "\n".join([*parts, f"--- control plane, process {os.getpid()}", own_stacks()])
 
 
-def _own_stacks() -> str:
+def own_stacks() -> str:
+    """Stacks of all threads of this process but the caller's."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = []
     for ident, frame in sys._current_frames().items():

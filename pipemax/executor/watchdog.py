@@ -4,6 +4,7 @@
     watchdog       ...............................................[ stall_seconds ] -> on_stall, once
 
 A thread of its own, since the one that waits may be stuck itself: inside a pipe that a stopped process no longer reads.
+Time in which this process was stopped (Ctrl-Z) is not time in which nothing got on.
 Never here: what progress is, what is done about a stall (`process.py`).
 """
 
@@ -39,13 +40,33 @@ class Watchdog:
         """Something has got on. Inside `watch` only."""
         self._quiet_since = time.monotonic()
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside `watch`: what happens in here does not count. Outside it changes nothing."""
+        watching = self._quiet_since is not None
+        self._quiet_since = None
+        try:
+            yield
+        finally:
+            self._quiet_since = time.monotonic() if watching else None
+
     def stop(self) -> None:
         """Idempotent; from any thread."""
         self._stopping.set()
 
     def _run(self) -> None:
-        while not self._stopping.wait(min(1.0, self._stall_seconds / 4)):
-            quiet_since = self._quiet_since
-            if quiet_since is not None and time.monotonic() - quiet_since > self._stall_seconds:
+        interval_seconds = min(1.0, self._stall_seconds / 4)
+        seen, quiet_seconds, looked_seconds = self._quiet_since, 0.0, time.monotonic()
+        while not self._stopping.wait(interval_seconds):
+            now_seconds = time.monotonic()
+            # Of a longer time between two looks this thread knows nothing: the process may have been stopped.
+            passed_seconds = min(now_seconds - looked_seconds, 2 * interval_seconds)
+            looked_seconds = now_seconds
+            if self._quiet_since is None or self._quiet_since != seen:
+                seen = self._quiet_since
+                quiet_seconds = 0.0 if seen is None else min(now_seconds - seen, passed_seconds)
+                continue
+            quiet_seconds += passed_seconds
+            if quiet_seconds > self._stall_seconds:
                 self._on_stall()
                 return
