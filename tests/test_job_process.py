@@ -130,3 +130,30 @@ def test_a_job_that_meets_a_full_disk_and_a_ctrl_c(tmp_path: Path) -> None:
         f"row-{n}" for n in range(NUM_ROWS)
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "model", "out.job.json", "out.jsonl", "tmp"]
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_job_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    """kill -9 while its stages connect, when there are the most of them; and once rows are done."""
+    model = save_model(tmp_path / "model")
+    rows = [
+        line(f"row-{n}", "/v1/completions", {"prompt": f"fox {n}", "max_tokens": 60, "ignore_eos": True})
+        for n in range(400)
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    temporary = tmp_path / "tmp"
+    moments = {
+        "connecting": lambda: list(temporary.glob("*/pipemax-*/rendezvous")),
+        "answering": lambda: results(tmp_path / "out.jsonl"),
+    }
+    for moment, has_come in moments.items():
+        with start(tmp_path, model) as job:
+            while not has_come() and job.poll() is None:
+                time.sleep(0.002)
+            assert list(temporary.iterdir()) != [], moment
+            family = [job.pid, *descendants(job.pid)]
+            job.kill()
+        deadline = time.monotonic() + 20
+        while (alive(family) or list(temporary.iterdir())) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert alive(family) == [] and list(temporary.iterdir()) == [], moment

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import sys
@@ -39,6 +40,7 @@ from pipemax.executor.base import ExecutorError
 from pipemax.executor.exit_reason import describe_exit, memory_kills
 from pipemax.executor.sizing import KVWishes, available_cores, free_host_bytes, size_kv
 from pipemax.executor.stacks import StackSource, gather_stacks, process_state
+from pipemax.executor.temporary_folder import OWNER_VARIABLE
 from pipemax.executor.watchdog import Watchdog
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import Capacity, Int64Array, StepPlan, StepResult
@@ -315,7 +317,8 @@ class ProcessExecutor:
         device = resolve_device(device, num_stages=num_stages, stage_devices=cuda.stage_devices)
         layers_of = split_layers(spec.num_layers, num_stages)
         check_checkpoint(model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=model_len)
-        with tempfile.TemporaryDirectory(prefix="pipemax-") as private_dir:  # mode 0700; gone when all are connected
+        # Mode 0700; gone when all are connected. It lies where the fork server removes it if this process is killed.
+        with tempfile.TemporaryDirectory(prefix="pipemax-", dir=multiprocessing.util.get_temp_dir()) as private_dir:
             stages = _StageGroup(
                 [
                     StageSettings(
@@ -440,12 +443,17 @@ def _start_server() -> None:
     """Starts the fork server, unless it runs."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     added = {name: value for name, value in _SERVER_ENVIRONMENT.items() if name not in os.environ}
+    # Always its own: this process may itself come from a fork server.
+    added[OWNER_VARIABLE] = f"{os.getpid()}:{multiprocessing.util.get_temp_dir()}"
+    before = os.environ.get(OWNER_VARIABLE)
     os.environ.update(added)
     try:
         forkserver.ensure_running()
     finally:
         for name in added:
             del os.environ[name]
+        if before is not None:
+            os.environ[OWNER_VARIABLE] = before
 
 
 def _start_stage(settings: StageSettings) -> _Stage:
