@@ -84,6 +84,16 @@ class StepLoad:
         """One new token a row; `kv_tokens` as above."""
         return cls(num_rows, num_rows, kv_tokens, kv_tokens, num_rows)
 
+    def plus_chunk(self, *, num_computed: int, num_new: int, samples: bool = False) -> StepLoad:
+        """With one more row: new tokens after those in the cache."""
+        return StepLoad(
+            self.num_rows + 1,
+            self.num_tokens + num_new,
+            self.kv_tokens + num_computed + num_new,
+            self.attention_pairs + num_new * (2 * num_computed + num_new + 1) // 2,
+            self.num_samples + samples,
+        )
+
     @property
     def is_decode(self) -> bool:
         """Whether every row computes one token, so that weights and KV are read for few multiplications each."""

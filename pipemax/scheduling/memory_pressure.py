@@ -2,12 +2,14 @@
 
 When the device runs short, in this order:
 
-    1. what READY and half-prefilled requests left on the device is dropped (it is at home)
+    1. what READY requests left on the device is dropped (it is at home)
     2. blocks of other batches are dropped, as long as those batches still fit the window
     3. blocks of the batch being staged likewise
-    4. the youngest running request leaves its batch: its tail goes home, the rest is dropped
+    4. what half-prefilled requests have computed is dropped: all of it must come back for their next chunk
+    5. the youngest running request leaves its batch: its tail goes home, the rest is dropped
 
-and when host memory itself is full, or the device without offloading, the youngest request is restarted: its KV is
+A request that joins a batch takes no room from a prompt that is half-way, and leaves it what it still wants. And
+when host memory itself is full, or the device without offloading, the youngest request is restarted: its KV is
 given up and computed again. Nobody yields to a younger request, and a request alone always fits
 (`Scheduler.add_request`), so the oldest always comes through and nothing deadlocks. A row that finds no slot this
 time *stalls*; until it has been served nobody joins and nothing is prefilled.
@@ -70,9 +72,18 @@ class MemoryPressure:
             return self._kv.device.num_free >= self._kv.blocks_for(request.num_tokens) + self.growth_reserve()
         return self._reserved_blocks + self._expected_blocks(request) <= self._kv.host.num_blocks
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Slots to keep for chunks of that many tokens: one being computed, one on its way home."""
-        return 2 * self._kv.blocks_for(num_tokens)
+    def prompt_reserve(self, chunk_tokens: int) -> int:
+        """Slots that prompts will want while they are prefilled by chunks of that many tokens: joiners leave them free.
+
+        One chunk being computed and one on its way home; and the rest of the prompt that is half-way.
+        """
+        waiting = self._population.waiting
+        if not chunk_tokens or not waiting:
+            return 0
+        reserve = 2 * self._kv.blocks_for(chunk_tokens)
+        if waiting[0].request_id in self._holders:
+            reserve += self._kv.blocks_for(waiting[0].num_tokens) - self.num_blocks(waiting[0])
+        return reserve
 
     @property
     def batch_blocks(self) -> Sequence[int]:
@@ -114,6 +125,7 @@ class MemoryPressure:
                 if missing <= self._kv.device.num_free:
                     return
                 self._drop_to_window(other, missing)
+            self._drop_leftovers(missing, prompts_too=True)
 
     def extend(self, request: RequestState) -> bool:
         """Room for one more token of a running request. False: it sits this step out, or had to give its own KV up."""
@@ -149,7 +161,7 @@ class MemoryPressure:
             if victim is not None:
                 self.leave(victim)
                 self.num_left += 1
-                self._drop_leftovers(1)
+                self._drop_leftovers(1, prompts_too=True)
             elif not self._drop_own(request):
                 self._stalled.add(request.request_id)
                 return False
@@ -180,7 +192,11 @@ class MemoryPressure:
         full_absent = table.num_absent - (tail is not None)
         fixed = keep_free + max(0, full_absent - window_left) + (tail is not None)
         wanted = fixed + kv.missing_blocks(request_id, request.num_computed + at_most)
-        self._drop_leftovers(wanted, sparing=request)
+        self._drop_leftovers(
+            wanted,
+            sparing=request,
+            prompts_too=request.status is Status.WAITING or not self._population.num_running,
+        )
         own_room = min(wanted - kv.device.num_free, window_left - full_absent)
         if own_room > 0 and self._budget.allows(travelling + own_room, num_rows=len(self._rows) + 1):
             self._drop(request, at_most=own_room, tail_too=False)
@@ -298,14 +314,19 @@ class MemoryPressure:
             self._batch_blocks[request.batch_id] += self.num_blocks(request) - before
         self._reserve(request, max(request.reserved_blocks, self.num_blocks(request)))
 
-    def _drop_leftovers(self, wanted: int, *, sparing: RequestState | None = None) -> None:
-        """Drops blocks of requests that are in no batch, youngest first, until `wanted` slots are free."""
+    def _drop_leftovers(self, wanted: int, *, sparing: RequestState | None = None, prompts_too: bool = False) -> None:
+        """Drops blocks of requests that are in no batch, youngest first, until `wanted` slots are free.
+
+        prompts_too   also of those that are half-prefilled
+        """
         for request_id in sorted(self._leftovers, reverse=True):
             short = wanted - self._kv.device.num_free
             if short <= 0:
                 return
             request = self._leftovers[request_id]
             if request is sparing or request_id in self._rows:
+                continue
+            if request.status is Status.WAITING and not prompts_too:
                 continue
             self._drop(request, at_most=short, tail_too=True)
             table = self._kv.table(request_id)

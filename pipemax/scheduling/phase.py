@@ -47,10 +47,16 @@ class PhaseView:
 
 @dataclass(frozen=True, slots=True)
 class PhaseChoice:
-    """Phases to try, in order, until one gives a step with rows; `chunk_tokens` of prefill in a MIXED step."""
+    """Phases to try, in order, until one gives a step with rows.
+
+    chunk_tokens   of prefill in a MIXED step, on average
+    step_seconds   what such a step takes: steps of equal length are what keeps a pipeline full, so that a batch with
+                   more to do than others, or a prompt with much before it, has a smaller chunk
+    """
 
     preference: tuple[Phase, ...]
     chunk_tokens: int = 0
+    step_seconds: float = 0.0
 
 
 class PhasePolicy(Protocol):
@@ -89,7 +95,10 @@ class Disaggregated:
 
 
 class Mixed:
-    """Decode rows and a chunk of prefill in every step: what is free, and more while batches are short of rows."""
+    """Decode rows and a chunk of prefill in every step: what is free, and more while batches are short of rows.
+
+    All steps are to take as long as the average one.
+    """
 
     def __init__(self, *, forecast: Forecast, max_num_batched_tokens: int) -> None:
         self._forecast = forecast
@@ -102,7 +111,12 @@ class Mixed:
         chunk = max(chunk, round((1 - view.full_share) * self._max_num_batched_tokens))
         if not chunk:
             return _DECODE
-        return PhaseChoice((Phase.MIXED, Phase.PREFILL), chunk_tokens=chunk)
+        rows, kv_tokens = max(1, round(view.mean_rows)), round(view.mean_kv_tokens)
+        before = round(view.mean_prompt) // 2
+        load = StepLoad.of_decode(num_rows=rows, kv_tokens=kv_tokens).plus_chunk(num_computed=before, num_new=chunk)
+        return PhaseChoice(
+            (Phase.MIXED, Phase.PREFILL), chunk_tokens=chunk, step_seconds=self._forecast.step_seconds(load)
+        )
 
 
 class Auto:

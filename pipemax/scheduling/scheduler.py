@@ -331,9 +331,9 @@ class Scheduler:
                 rows: list[_Row] = []
                 self._memory.begin_step()
                 if phase is not Phase.PREFILL:
-                    self._add_decode_rows(rows, batch_id, keep_free=self._memory.blocks_for(choice.chunk_tokens))
+                    self._add_decode_rows(rows, batch_id, keep_free=self._memory.prompt_reserve(choice.chunk_tokens))
                 if phase is not Phase.DECODE:
-                    self._add_prefill_rows(rows, at_most=choice.chunk_tokens if rows else self._max_num_batched_tokens)
+                    self._add_prefill_rows(rows, within_seconds=choice.step_seconds if rows else None)
                 if rows:
                     self._next_batch = (batch_id + 1) % len(self._in_flight)
                     if not waiting:
@@ -408,19 +408,47 @@ class Scheduler:
             memory.join(request, batch_id)
             rows.append(_Row(request, 1))
 
-    def _add_prefill_rows(self, rows: list[_Row], *, at_most: int) -> None:
-        """Chunks of waiting prompts, oldest first, up to a number of tokens."""
+    def _add_prefill_rows(self, rows: list[_Row], *, within_seconds: float | None) -> None:
+        """Chunks of waiting prompts, oldest first: all that a step may have, or what it has time for."""
         memory = self._memory
         if memory.stalled:
             return
-        tokens_left = at_most
+        load = None if within_seconds is None else self._load_of(rows)
+        tokens_left = self._max_num_batched_tokens - len(rows)
         for request in list(self._population.waiting):
             if tokens_left <= 0 or len(rows) >= self._max_num_seqs or not memory.can_admit(request):
                 break
-            num_new = memory.admit(request, at_most=min(request.num_pending, tokens_left), keep_free=0)
+            wanted = min(request.num_pending, tokens_left)
+            if load is not None and within_seconds is not None:
+                wanted = self._chunk_within(within_seconds, load, request, at_most=wanted)
+            num_new = memory.admit(request, at_most=wanted, keep_free=0) if wanted else 0
             if num_new == 0:
                 break
             tokens_left -= num_new
             rows.append(_Row(request, num_new))
             if num_new < request.num_pending:
                 break
+            if load is not None:
+                load = load.plus_chunk(num_computed=request.num_computed, num_new=num_new, samples=True)
+
+    def _load_of(self, rows: list[_Row]) -> StepLoad:
+        computed = np.array([row.request.num_computed for row in rows], dtype=np.int64)
+        return StepLoad.of_rows(computed, np.array([row.num_new for row in rows], dtype=np.int64), len(rows))
+
+    def _chunk_within(self, seconds: float, load: StepLoad, request: RequestState, *, at_most: int) -> int:
+        """The most tokens of a prompt that keep a step of that load within a time, nearly; 0 if there are none."""
+
+        def fits(num_new: int) -> bool:
+            chunk = load.plus_chunk(num_computed=request.num_computed, num_new=num_new)
+            return self._forecast.step_seconds(chunk) <= seconds
+
+        if fits(at_most):
+            return at_most
+        enough, too_many = 0, at_most
+        while too_many - enough > 1 + enough // 16:
+            tokens = (enough + too_many) // 2
+            if fits(tokens):
+                enough = tokens
+            else:
+                too_many = tokens
+        return enough
