@@ -136,6 +136,28 @@ class StepPlan:
         return int(self.num_computed_tokens.sum() + self.num_new_tokens.sum())
 
 
+class CopyDirection(enum.StrEnum):
+    """REFILL brings blocks from their homes to the device, HOME writes them there."""
+
+    REFILL = "refill"
+    HOME = "home"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTiming:
+    """When one stage's copies of a plan ran, one direction: from the first layer's start to the last one's end.
+
+    In seconds on the executor's clock. Between layers they may have waited for compute.
+    """
+
+    step_id: int
+    direction: CopyDirection
+    num_blocks: int
+    num_bytes: int
+    start_seconds: float
+    end_seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class StageTiming:
     """Where one stage's time went in one step, in seconds on the executor's clock.
@@ -143,6 +165,9 @@ class StageTiming:
     `start_seconds` is when the stage took the plan up with its input there; `compute_seconds` covers layers and head;
     the waits are for the window's refill (`window_wait_seconds`) and for activations or tokens
     (`activation_wait_seconds`). Bytes are what the step moved over this stage's host link.
+
+    A step does not wait for its own copies. `copies` are those whose end is known since the stage's last report, of
+    this step or of earlier ones; those of the last steps of all may never be told of.
     """
 
     start_seconds: float
@@ -151,6 +176,7 @@ class StageTiming:
     activation_wait_seconds: float
     refill_bytes: int
     home_bytes: int
+    copies: tuple[CopyTiming, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

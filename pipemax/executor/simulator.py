@@ -34,7 +34,7 @@ from pipemax.cost.load import StageShape, StepLoad
 from pipemax.cost.model import CostModel
 from pipemax.executor.layer_times import LayerTimes, at_layer, highest, serve
 from pipemax.model_spec import ModelSpec
-from pipemax.plan import Capacity, StageTiming, StepPlan, StepResult
+from pipemax.plan import Capacity, CopyDirection, CopyTiming, StageTiming, StepPlan, StepResult
 
 
 @dataclass(slots=True)
@@ -238,10 +238,11 @@ class SimExecutor:
         end = at_layer(done, num_layers - 1)
         stage.compute_free = end
         stage.left = done
-        stage.gate = self._start_copies(stage, refill_bytes, home_bytes)
+        copies = self._start_copies(stage, plan)
+        stage.gate = copies.done
         # The difference of two sums may be off by a rounding below zero.
         window_wait = max(0.0, end - start - seconds)
-        timing = StageTiming(start, seconds, window_wait, start - came, refill_bytes, home_bytes)
+        timing = StageTiming(start, seconds, window_wait, start - came, refill_bytes, home_bytes, copies.timings)
         stage.totals.add(timing)
         return _Timed(timing, end)
 
@@ -253,16 +254,19 @@ class SimExecutor:
             taken_up = max(stage.compute_free, self._now)
             before = highest([*stage.left, *stage.gate], num_layers=stage.shape.num_layers)
             stage.left = highest([*before, (self._now, 0.0)], num_layers=stage.shape.num_layers)
-            stage.gate = self._start_copies(stage, refill_bytes, home_bytes) or before
-            timing = StageTiming(taken_up, 0.0, 0.0, 0.0, refill_bytes, home_bytes)
+            copies = self._start_copies(stage, plan)
+            stage.gate = copies.done or before
+            timing = StageTiming(taken_up, 0.0, 0.0, 0.0, refill_bytes, home_bytes, copies.timings)
             stage.totals.add(timing)
             timings.append(_Timed(timing, taken_up))
         return timings
 
-    def _start_copies(self, stage: _Stage, refill_bytes: int, home_bytes: int) -> LayerTimes:
-        """Copies of a step whose layers have been left at `stage.left`; gives when each layer has both of them."""
+    def _start_copies(self, stage: _Stage, plan: StepPlan) -> _Copies:
+        """Copies of a step whose layers have been left at `stage.left`."""
         num_layers = stage.shape.num_layers
+        refill_bytes, home_bytes = len(plan.refill) * stage.block_bytes, len(plan.write_home) * stage.block_bytes
         lines: LayerTimes = []
+        timings = []
         if refill_bytes:
             seconds = self._host_link.up_seconds(refill_bytes, home_bytes)
             up = serve(
@@ -271,6 +275,10 @@ class SimExecutor:
             stage.up_free = at_layer(up, num_layers - 1)
             stage.totals.up_seconds += seconds
             lines += up
+            start = at_layer(up, 0) - seconds / num_layers
+            timings.append(
+                CopyTiming(plan.step_id, CopyDirection.REFILL, len(plan.refill), refill_bytes, start, stage.up_free)
+            )
         if home_bytes:
             seconds = self._host_link.down_seconds(refill_bytes, home_bytes)
             down = serve(
@@ -279,7 +287,12 @@ class SimExecutor:
             stage.down_free = at_layer(down, num_layers - 1)
             stage.totals.down_seconds += seconds
             lines += down
-        return highest(lines, num_layers=num_layers) if refill_bytes and home_bytes else lines
+            start = at_layer(down, 0) - seconds / num_layers
+            timings.append(
+                CopyTiming(plan.step_id, CopyDirection.HOME, len(plan.write_home), home_bytes, start, stage.down_free)
+            )
+        done = highest(lines, num_layers=num_layers) if refill_bytes and home_bytes else lines
+        return _Copies(done, tuple(timings))
 
     def _result(self, plan: StepPlan, timings: list[_Timed]) -> StepResult:
         samples = plan.samples
@@ -312,6 +325,14 @@ class SimExecutor:
             refill, home = plan.refill, plan.write_home
             assert set(home.slots.tolist()).isdisjoint(refill.slots.tolist()), "refills a slot that it writes home"
             assert set(home.homes.tolist()).isdisjoint(refill.homes.tolist()), "reads a home that it writes"
+
+
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """A step's copies: when each layer has all of its own, and when they run."""
+
+    done: LayerTimes
+    timings: tuple[CopyTiming, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipemax.plan import Phase
+from pipemax.plan import CopyDirection, Phase
 from pipemax.report.interval import Interval
 from pipemax.report.palette import marker, series, with_variables
 from pipemax.report.recorder import RunSnapshot
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _WIDTH_INCHES = 9.0
 _MAX_POINTS = 160
 _MIN_STEPS_A_POINT = 4
+# Where a copy's bar lies below its stage, in stages; and its colour.
+_COPY_BARS = {CopyDirection.REFILL: (0.22, 1), CopyDirection.HOME: (0.32, 2)}
 _PHASE_SERIES = {Phase.PREFILL: 1, Phase.DECODE: 0, Phase.MIXED: 3, Phase.COPY: 7}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -221,12 +223,17 @@ class _Bars:
     hatch: str | None = None
 
 
-def pipeline_chart(steps: Sequence[StepRecord], *, num_stages: int) -> str | None:
-    """A stretch of steps as bars: stages below each other, coloured by batch; copies as thin bars below each stage."""
+def pipeline_chart(run: RunSnapshot, steps: Sequence[StepRecord]) -> str | None:
+    """A stretch of the run's steps as bars: stages below each other, coloured by batch.
+
+    Copies that ran meanwhile are thin bars below each stage, whichever step they belong to.
+    """
+    num_stages = run.capacity.num_stages
     steps = [step for step in steps if step.stages]
     if not steps:
         return None
     start = min(span.start_seconds for step in steps for span in step.stages)
+    end = max(span.end_seconds for step in steps for span in step.stages)
     figure, (axes,) = _figure(rows=1, height_inches=0.7 + 0.6 * num_stages)
     bars: dict[_Bars, list[tuple[float, float]]] = defaultdict(list)
     for step in steps:
@@ -238,8 +245,13 @@ def pipeline_chart(steps: Sequence[StepRecord], *, num_stages: int) -> str | Non
                 if span.window_wait_seconds > 0:
                     wait = (bar[0], 1e3 * span.window_wait_seconds)
                     bars[_Bars(stage - 0.32, 0.14, marker("error"))].append(wait)
-            for num_bytes, offset, colour in ((span.refill_bytes, 0.22, 1), (span.home_bytes, 0.32, 2)):
-                if num_bytes:
+    for step in (*run.head, *run.tail):
+        for stage, span in enumerate(step.stages):
+            for copy in span.copies:
+                first, last = max(copy.start_seconds, start), min(copy.end_seconds, end)
+                if first < last:
+                    offset, colour = _COPY_BARS[copy.direction]
+                    bar = (1e3 * (first - start), 1e3 * (last - first))
                     bars[_Bars(stage + offset, 0.08, series(colour))].append(bar)
     for style, spans in sorted(bars.items(), key=lambda item: -item[0].height):  # waits over steps
         axes.broken_barh(

@@ -4,11 +4,10 @@
                      counters           requests; KV blocks resident and travelling
     stage s          compute            |step 7|step 8| ...      ─► arrows to the same step on stage s + 1
                      waits              the input of a step: from the free stage to the step's start
-                     refill, home       copies, drawn over the step that carries them
+                     refill, home       copies of a step, from the first layer's start to the last one's end
 
 What is drawn is what was measured. A step's time in `compute` includes its waits for the window, which fall between its
-layers: they are an argument of the slice. Begin and end of copies are not measured: their slices say bytes and blocks,
-and last as long as the step that they run beside.
+layers: they are an argument of the slice. Copies of the last steps of all are missing if nobody waited for their end.
 
 Never here: what is recorded (`recorder.py`).
 """
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipemax.plan import CopyDirection
 from pipemax.report.atomic_file import atomic_text_file
 from pipemax.report.recorder import RunSnapshot
 from pipemax.report.step_record import StageSpan, StepRecord
@@ -31,6 +31,7 @@ CONTROL_PLANE = 0
 """Process id of the control plane; stage s is process s + 1."""
 
 _PHASES, _COMPUTE, _WAITS, _REFILL, _HOME = 1, 1, 2, 3, 4
+_COPY_TRACKS = {CopyDirection.REFILL: _REFILL, CopyDirection.HOME: _HOME}
 _STAGE_TRACKS = {_COMPUTE: "compute", _WAITS: "waits", _REFILL: "refill", _HOME: "home"}
 
 
@@ -127,22 +128,17 @@ def _stage_events(step: StepRecord, stage: int, span: StageSpan) -> Iterator[_Ev
     if span.activation_wait_seconds > 0:
         wait_seconds = min(span.activation_wait_seconds, span.start_seconds)
         yield _slice("input", process, _WAITS, span.start_seconds - wait_seconds, wait_seconds, step=step.step_id)
-    copies = (
-        (_REFILL, "refill", step.refill_blocks, span.refill_bytes),
-        (_HOME, "home", step.home_blocks, span.home_bytes),
-    )
-    for thread, name, num_blocks, num_bytes in copies:
-        if num_blocks:
-            yield _slice(
-                f"{name} {num_blocks}",
-                process,
-                thread,
-                span.start_seconds,
-                span.duration_seconds,
-                step=step.step_id,
-                blocks=num_blocks,
-                bytes=num_bytes,
-            )
+    for copy in span.copies:
+        yield _slice(
+            f"{copy.direction} {copy.num_blocks}",
+            process,
+            _COPY_TRACKS[copy.direction],
+            copy.start_seconds,
+            copy.end_seconds - copy.start_seconds,
+            step=copy.step_id,
+            blocks=copy.num_blocks,
+            bytes=copy.num_bytes,
+        )
 
 
 def _arrows(step: StepRecord, ids: Iterator[int]) -> Iterator[_Event]:

@@ -210,14 +210,14 @@ def _charts(run: RunSnapshot) -> Iterator[_Chart]:
         if svg is not None:
             yield _Chart(name, title, svg, note)
     steps = timeline_window(run)
-    svg = charts.pipeline_chart(steps, num_stages=run.capacity.num_stages)
+    svg = charts.pipeline_chart(run, steps)
     if svg is not None:
         yield _Chart(
             "pipeline",
             f"The pipeline, steps {steps[0].step_id:,} to {steps[-1].step_id:,}",
             svg,
             "Colours are batches, hatching is prefill, a bar along a step's upper edge is its wait for the window. "
-            "Thin bars below a stage are steps that carry copies: refill above, home below.",
+            "Thin bars below a stage are copies: refill above, home below.",
         )
 
 

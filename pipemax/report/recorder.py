@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from pipemax.observer import EngineGauges
-from pipemax.plan import Capacity, Phase, StepPlan, StepResult
+from pipemax.plan import Capacity, CopyTiming, Phase, StepPlan, StepResult
 from pipemax.report.interval import Interval, IntervalSeries, StageUse
 from pipemax.report.step_record import StageSpan, StepRecord
 from pipemax.scheduling.request_state import RequestUpdate
@@ -238,9 +238,20 @@ class StepRecorder:
                 activation_wait_seconds=timing.activation_wait_seconds,
                 refill_bytes=timing.refill_bytes,
                 home_bytes=timing.home_bytes,
+                copies=tuple(self._copies(timing.copies)),
             )
             for timing in result.timings
         ]
+
+    def _copies(self, copies: Sequence[CopyTiming]) -> Iterator[CopyTiming]:
+        assert self._start_seconds is not None
+        for copy in copies:
+            if copy.start_seconds >= self._start_seconds:  # else of a plan of before this recorder came
+                yield replace(
+                    copy,
+                    start_seconds=copy.start_seconds - self._start_seconds,
+                    end_seconds=copy.end_seconds - self._start_seconds,
+                )
 
     def _add_sums(self, record: StepRecord, *, prefill_tokens: int) -> None:
         totals, phase = self._totals, record.phase

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipemax.observer import EngineGauges
-from pipemax.plan import Phase
+from pipemax.plan import CopyTiming, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,8 @@ class StageSpan:
     """One stage's part in a step: it has its input at `start_seconds` and is done `duration_seconds` later.
 
     The duration is compute and waiting for the window; waiting for the input came before the start. Bytes are those
-    that the step moved over this stage's host link.
+    that the step moved over this stage's host link. `copies` came to their end since the stage's last report, so they
+    are mostly those of the step before; their times are counted from the run's start too.
     """
 
     start_seconds: float
@@ -22,6 +23,7 @@ class StageSpan:
     activation_wait_seconds: float
     refill_bytes: int
     home_bytes: int
+    copies: tuple[CopyTiming, ...] = ()
 
     @property
     def duration_seconds(self) -> float:

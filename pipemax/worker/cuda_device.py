@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipemax.worker.block_copy import BlockCopier, CopyMethod, open_copier
-from pipemax.worker.device import BlockRuns, CopyStream, Event, Mark, Stopwatch
+from pipemax.worker.device import BlockRuns, CopyMark, CopyStream, Event, Mark, Stopwatch
 from pipemax.worker.host_memory import HostMemory
 
 # Event times are float32 milliseconds since another event: after a minute they are still right to a few microseconds.
@@ -32,9 +32,10 @@ class CudaEvent:
 class CudaCopyStream:
     """A CUDA stream for block copies. Home memory has to be registered."""
 
-    def __init__(self, device: torch.device, copier: BlockCopier) -> None:
+    def __init__(self, device: torch.device, copier: BlockCopier, clock: _CudaClock) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copier = copier
+        self._clock = clock
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
@@ -45,6 +46,9 @@ class CudaCopyStream:
 
     def copy_layers(self, pairs: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
         self._copier.copy(self._stream, pairs, runs)
+
+    def mark(self) -> CopyMark:
+        return CudaCopyMark(self._clock, self._stream)
 
     def record(self) -> Event:
         return CudaEvent(self._stream.record_event())
@@ -103,6 +107,17 @@ class CudaMark:
         return self._clock.seconds(self._event)
 
 
+class CudaCopyMark:
+    def __init__(self, clock: _CudaClock, stream: torch.cuda.Stream) -> None:
+        self._clock = clock
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._event.record(stream)
+
+    def passed_seconds(self) -> float | None:
+        passed: bool = self._event.query()  # type: ignore[no-untyped-call]
+        return self._clock.seconds(self._event) if passed else None
+
+
 class CudaDevice:
     """Compute is the current stream of one GPU."""
 
@@ -119,7 +134,7 @@ class CudaDevice:
         return self._torch_device
 
     def copy_stream(self, name: str) -> CopyStream:
-        return CudaCopyStream(self._torch_device, open_copier(self._copy_method))
+        return CudaCopyStream(self._torch_device, open_copier(self._copy_method), self._clock)
 
     def record_compute(self) -> Event:
         return CudaEvent(torch.cuda.current_stream().record_event())

@@ -79,6 +79,14 @@ class Event(Protocol):
         ...
 
 
+class CopyMark(Protocol):
+    """A point that a stream of copies passes."""
+
+    def passed_seconds(self) -> float | None:
+        """When it was passed, on this machine's monotonic clock; None: not yet. Does not block."""
+        ...
+
+
 class CopyStream(Protocol):
     """Copies in the order in which they were queued, beside compute. No call here blocks."""
 
@@ -92,6 +100,10 @@ class CopyStream(Protocol):
 
     def copy_layers(self, pairs: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
         """`copy_blocks` for several (destination, source) pools of one block shape, with the same blocks."""
+        ...
+
+    def mark(self) -> CopyMark:
+        """The point after everything queued so far. To be followed by `record`."""
         ...
 
     def record(self) -> Event:
@@ -168,6 +180,19 @@ class CpuEvent:
             raise CopyError(f"a block copy failed: {self._error!r}") from self._error
 
 
+class CpuCopyMark:
+    """Passed by the stream's thread, read by others."""
+
+    def __init__(self) -> None:
+        self._passed_seconds: float | None = None
+
+    def be_passed(self) -> None:
+        self._passed_seconds = time.monotonic()
+
+    def passed_seconds(self) -> float | None:
+        return self._passed_seconds
+
+
 class CpuCopyStream:
     """A thread and its queue. After a failure the rest of the queue is skipped and every later event fails too.
 
@@ -192,6 +217,11 @@ class CpuCopyStream:
     def copy_layers(self, pairs: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
         for destination, source in pairs:
             self.copy_blocks(destination, source, runs)
+
+    def mark(self) -> CopyMark:
+        mark = CpuCopyMark()
+        self._unrecorded.append(mark.be_passed)
+        return mark
 
     def record(self) -> Event:
         event = CpuEvent()

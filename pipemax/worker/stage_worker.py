@@ -28,6 +28,7 @@ from torch import Tensor
 from pipemax.attention.base import AttentionBackend, RowLayout
 from pipemax.plan import Int32Array, Int64Array, NewRequest, StageTiming, StepPlan, TokenLogprobs
 from pipemax.worker.attention_hook import StepContext
+from pipemax.worker.copy_log import CopyLog
 from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.device import Device, Mark
 from pipemax.worker.device_tokens import DeviceTokens
@@ -68,10 +69,12 @@ class RunningStep:
     end: Mark
     finished: Mark
     moved: StepTransfers
+    copy_log: CopyLog
     sampled: Sampled | None
 
     def report(self) -> StageReport:
-        """What became of it; blocks until the device is through with it."""
+        """What became of it; blocks until the device is through with it. Once a step, in step order."""
+        self.copy_log.add(self.moved.copies)
         finished_seconds = self.finished.seconds()
         start_seconds, end_seconds = self.start.seconds(), self.end.seconds()
         window_wait_seconds = self.moved.window_wait_seconds
@@ -82,6 +85,7 @@ class RunningStep:
             activation_wait_seconds=start_seconds - self.came.seconds() + finished_seconds - end_seconds,
             refill_bytes=self.moved.refill_bytes,
             home_bytes=self.moved.home_bytes,
+            copies=self.copy_log.take_ended(),
         )
         if not self.is_last_stage:
             return StageReport(self.step_id, timing, finished_seconds)
@@ -148,6 +152,7 @@ class StageWorker:
             layers=stage.layers,
             layers_per_copy=GPU_LAYERS_PER_COPY if on_gpu else 1,
         )
+        self._copy_log = CopyLog()
         fences = self._transfers if pulse is None else PulsingFences(self._transfers, pulse)
         self._context = StepContext(backend, pools, fences)
         self._sampler = (
@@ -200,6 +205,7 @@ class StageWorker:
             end=end,
             finished=self._device.mark(),
             moved=moved,
+            copy_log=self._copy_log,
             sampled=sampled,
         )
 

@@ -26,8 +26,9 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from pipemax.plan import Int32Array, StepPlan
-from pipemax.worker.device import BlockRuns, CopyStream, Device, Event, Stopwatch
+from pipemax.plan import CopyDirection, Int32Array, StepPlan
+from pipemax.worker.copy_log import IssuedCopies
+from pipemax.worker.device import BlockRuns, CopyMark, CopyStream, Device, Event, Stopwatch
 
 # On a GPU: fences and calls for copies fall to a quarter, and a refill starts at most three layers later.
 GPU_LAYERS_PER_COPY = 4
@@ -58,6 +59,7 @@ class StepTransfers:
     window_wait: Stopwatch
     refill_bytes: int
     home_bytes: int
+    copies: tuple[IssuedCopies, ...] = ()
 
     @property
     def window_wait_seconds(self) -> float:
@@ -86,6 +88,9 @@ class TransferEngine:
         self._refill_done: dict[int, Event] = {}
         self._home_runs: BlockRuns | None = None
         self._refill_runs: BlockRuns | None = None
+        self._starts: dict[CopyDirection, CopyMark] = {}
+        self._issued: list[IssuedCopies] = []
+        self._step_id = -1
         self._next_layer = layers.stop
         self._wait_clock = device.stopwatch()
 
@@ -94,6 +99,7 @@ class TransferEngine:
         assert self._next_layer == self._layers.stop, "the step before has not left every layer"
         self._check(plan)
         self._home_runs = self._refill_runs = None
+        self._starts, self._issued, self._step_id = {}, [], plan.step_id
         if len(plan.write_home):
             self._home_runs = BlockRuns.merge(plan.write_home.homes, plan.write_home.slots)
         if len(plan.refill):
@@ -138,6 +144,7 @@ class TransferEngine:
             window_wait=self._wait_clock,
             refill_bytes=refilled * self._block_bytes,
             home_bytes=homed * self._block_bytes,
+            copies=tuple(self._issued),
         )
 
     def drain(self) -> None:
@@ -179,12 +186,26 @@ class TransferEngine:
         pools = self._pools
         if self._refill_runs is not None:
             pairs = [(pools.device_pool(layer), pools.home_pool(layer)) for layer in sharing]
+            self._mark_start(CopyDirection.REFILL, self._refill_stream)
             self._refill_stream.copy_layers(pairs, self._refill_runs)
+            self._mark_end(CopyDirection.REFILL, self._refill_stream, self._refill_runs, sharing)
             self._refill_done[sharing.start] = self._refill_stream.record()
         if self._home_runs is not None:
             pairs = [(pools.home_pool(layer), pools.device_pool(layer)) for layer in sharing]
+            self._mark_start(CopyDirection.HOME, self._home_stream)
             self._home_stream.copy_layers(pairs, self._home_runs)
+            self._mark_end(CopyDirection.HOME, self._home_stream, self._home_runs, sharing)
             self._home_done[sharing.start] = self._home_stream.record()
+
+    def _mark_start(self, direction: CopyDirection, stream: CopyStream) -> None:
+        if direction not in self._starts:
+            self._starts[direction] = stream.mark()
+
+    def _mark_end(self, direction: CopyDirection, stream: CopyStream, runs: BlockRuns, sharing: range) -> None:
+        if sharing.stop == self._layers.stop:
+            num_bytes = len(runs) * self._block_bytes
+            start, end = self._starts[direction], stream.mark()
+            self._issued.append(IssuedCopies(self._step_id, direction, len(runs), num_bytes, start, end))
 
     def _check(self, plan: StepPlan) -> None:
         first = self._layers.start

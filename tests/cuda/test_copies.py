@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from pipemax.config import ConfigError
 from pipemax.worker.block_copy import MAX_PIECES_PER_CALL, BatchCopier, CopyMethod, LoopCopier
+from pipemax.worker.copy_log import CopyLog
 from pipemax.worker.cuda_device import CudaDevice
 from pipemax.worker.device import BlockRuns
 from pipemax.worker.host_memory import HostMemory
@@ -128,5 +130,57 @@ def test_thousands_of_random_steps_leave_what_one_after_the_other_would(device, 
         assert torch.equal(pools.slots[layer].cpu().flatten(1), wanted)
         wanted = torch.from_numpy(homes[layer]).to(torch.int32)[:, None].expand(-1, int(np.prod(BLOCK)))
         assert torch.equal(pools.homes[layer].flatten(1), wanted)
+    engine.close()
+    cuda.close()
+
+
+def test_copies_are_told_of_with_the_time_that_they_took(device):
+    """A refill of half a gigabyte, behind compute that keeps it waiting: what is told is the copy, not the waiting."""
+    cuda = CudaDevice(0)
+    num_blocks, block = 1024, (2, 16, 8, 512)  # 512 KiB of int32 a block
+
+    class Large:
+        def __init__(self):
+            self.slots = torch.zeros(num_blocks, *block, dtype=torch.int32, device="cuda")
+            num_bytes = self.slots.nbytes
+            self.homes = cuda.allocate_home(num_bytes).view(torch.int32).view(num_blocks, *block)
+
+        def device_pool(self, layer):
+            return self.slots
+
+        def home_pool(self, layer):
+            return self.homes
+
+    pools = Large()
+    engine = TransferEngine(device=cuda, pools=pools, layers=range(1))
+    log = CopyLog()
+
+    def step(step_id, cycles):
+        engine.begin_step(make_plan(step_id, [Row(0, 0, 1, [0])], refill=[(i, i) for i in range(num_blocks)]))
+        engine.enter(0)
+        torch.cuda._sleep(cycles)
+        computed = cuda.mark()
+        engine.leave(0)
+        log.add(engine.finish_step().copies)
+        return computed
+
+    step(0, 0)
+    engine.drain()
+    torch.cuda.synchronize()
+    (warm,) = log.take_ended()
+    computed = step(1, 400_000_000)
+    assert log.take_ended() == ()  # a fifth of a second of compute lies before it
+    computed_seconds = computed.seconds()
+    engine.drain()
+    torch.cuda.synchronize()
+    ended_seconds = time.monotonic()
+    (copy,) = log.take_ended()
+    assert (copy.step_id, copy.num_blocks, copy.num_bytes) == (1, num_blocks, pools.slots.nbytes)
+    assert computed_seconds - 0.001 <= copy.start_seconds < copy.end_seconds <= ended_seconds + 0.001
+    seconds = copy.end_seconds - copy.start_seconds
+    assert seconds == pytest.approx(warm.end_seconds - warm.start_seconds, rel=0.5)
+    rate = copy.num_bytes / seconds / 1e9
+    print(f"{rate:.1f} GB/s")
+    assert 1 < rate < 200
     engine.close()
     cuda.close()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pipemax.executor.base import Executor
-from pipemax.plan import NO_BATCH, Capacity, StepPlan, StepResult
+from pipemax.plan import NO_BATCH, Capacity, CopyDirection, StepPlan, StepResult
 from tests.executor.plans import Row, make_plan, new_request
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -155,12 +155,48 @@ def check_steps_without_rows(session: Session) -> None:
         check_result(plan, result, num_stages=session.executor.capacity.num_stages)
 
 
+def check_copies_are_told_of_with_their_times(session: Session) -> None:
+    """Once on every stage; between the step that they belong to and the end of the next one with rows, on all clocks.
+
+    Copies that the last step brings up are waited for by nobody: they may be told of or not.
+    """
+    (a,) = session.requests(1)
+    plans = [
+        session.submit([Row(a, 0, 5, [0, 1])], write_home=[(0, 7)], new=[new_request(a, PROMPT)]),
+        session.submit([Row(a, 5, 1, [0, 1])], refill=[(4, 7)]),
+        session.submit([Row(a, 6, 1, [4, 1])], write_home=[(4, 9)]),
+        session.submit([Row(a, 7, 1, [4, 1])], refill=[(5, 9)]),
+    ]
+    results = session.collect(4)
+    session.leave([a])
+    wanted = {
+        (plans[0].step_id, CopyDirection.HOME),
+        (plans[1].step_id, CopyDirection.REFILL),
+        (plans[2].step_id, CopyDirection.HOME),
+    }
+    by_step = {result.step_id: result for result in results}
+    for stage in range(min(len(result.timings) for result in results)):
+        told = [copy for result in results for copy in result.timings[stage].copies if copy.step_id in by_step]
+        keys = [(copy.step_id, copy.direction) for copy in told]
+        assert len(set(keys)) == len(keys) and wanted <= set(keys) <= {*wanted, (plans[3].step_id, "refill")}
+        for copy in told:
+            here = by_step[copy.step_id].timings[stage]
+            assert copy.num_blocks == 1
+            assert copy.num_bytes == (here.home_bytes if copy.direction is CopyDirection.HOME else here.refill_bytes)
+            assert here.start_seconds <= copy.start_seconds <= copy.end_seconds
+            if copy.step_id != plans[3].step_id:
+                after = by_step[copy.step_id + 1].timings[stage]
+                next_end_seconds = after.start_seconds + after.window_wait_seconds + after.compute_seconds
+                assert copy.end_seconds <= next_end_seconds + 1e-9
+
+
 CHECKS: tuple[Callable[[Session], None], ...] = (
     check_capacity,
     check_results_match_plans_in_order,
     check_only_rows_that_sample_give_tokens,
     check_blocks_travel,
     check_steps_without_rows,
+    check_copies_are_told_of_with_their_times,
 )
 
 

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import math
 from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 
+from pipemax.plan import CopyDirection
 from pipemax.report.chrome_trace import CONTROL_PLANE, trace_events, write_chrome_trace
 from tests.report.runs import recorded_run
 
@@ -80,6 +82,55 @@ def test_copies_carry_their_bytes(trace):
         assert sum(event["args"]["bytes"] for event in refill) == totals.stages[stage].refill_bytes
         home = tracks(trace)[f"stage {stage}", "home"]
         assert sum(event["args"]["blocks"] for event in home) == totals.home_blocks
+
+
+def test_copies_lie_where_they_ran(trace):
+    """From the simulator's times of them, not over the steps that they belong to."""
+    run = recorded_run()
+    for stage in (0, 1):
+        for direction in CopyDirection:
+            copies = [copy for step in run.head for copy in step.stages[stage].copies if copy.direction is direction]
+            slices = tracks(trace)[f"stage {stage}", str(direction)]
+            assert [event["args"]["step"] for event in slices] == [copy.step_id for copy in copies]
+            for event, copy in zip(slices, copies, strict=True):
+                assert event["ts"] == pytest.approx(1e6 * copy.start_seconds, abs=0.01)
+                assert event["ts"] + event["dur"] == pytest.approx(1e6 * copy.end_seconds, abs=0.01)
+        spans = {step.step_id: step.stages[stage] for step in run.head}
+        refills = tracks(trace)[f"stage {stage}", "refill"]
+        assert any(
+            event["dur"] != pytest.approx(1e6 * spans[event["args"]["step"]].duration_seconds) for event in refills
+        )
+
+
+def test_the_format_s_rules_for_viewers(trace):
+    """What Perfetto and chrome://tracing rely on: known kinds of events only; every track named once, before any
+    event on it; slices of a track nested or apart; flows that begin and end inside a slice; counters with the same
+    numeric series each time and a time that never goes back."""
+    named, series, last_seconds, opened = set(), {}, defaultdict(float), defaultdict(list)
+    for event in trace["traceEvents"]:
+        track = event["pid"], event["tid"]
+        if event["ph"] == "M":
+            if event["name"] in ("process_name", "thread_name"):
+                assert isinstance(event["args"]["name"], str)
+                assert (event["name"], *track) not in named
+                named.add((event["name"], *track))
+            continue
+        assert ("process_name", event["pid"], 0) in named
+        assert math.isfinite(event["ts"])
+        if event["ph"] == "C":
+            key = event["pid"], event["name"]
+            assert series.setdefault(key, set(event["args"])) == set(event["args"])
+            assert event["ts"] >= last_seconds[key]
+            last_seconds[key] = event["ts"]
+            continue
+        assert ("thread_name", *track) in named and event["ph"] in "Xsf"
+        if event["ph"] == "X":
+            assert math.isfinite(event["dur"]) and event["name"]
+            opened[track].append((event["ts"], event["ts"] + event["dur"]))
+    for event in trace["traceEvents"]:
+        if event["ph"] in ("s", "f"):
+            slices = opened[event["pid"], event["tid"]]
+            assert any(begin <= event["ts"] <= end for begin, end in slices), event
 
 
 def test_every_arrow_goes_from_a_step_to_the_same_step_on_the_next_stage(trace):

@@ -166,7 +166,7 @@ def test_the_timeline_is_taken_from_the_middle_of_decode():
 def test_the_timeline_says_when_it_begins():
     run = recorded_run()
     steps = timeline_window(run)
-    svg = charts.pipeline_chart(steps, num_stages=2)
+    svg = charts.pipeline_chart(run, steps)
     assert svg is not None and f"ms from {steps[0].stages[0].start_seconds:.3f} s on" in svg
 
 
@@ -175,7 +175,7 @@ def test_charts_of_a_run_without_copies():
     totals = replace(run.totals, stages=[replace(use, refill_bytes=0, home_bytes=0) for use in run.totals.stages])
     assert charts.link_chart(replace(run, totals=totals)) is None
     assert charts.kv_chart(replace(run, intervals=())) is None
-    assert charts.pipeline_chart((), num_stages=2) is None
+    assert charts.pipeline_chart(run, ()) is None
 
 
 def test_gauges_hold_where_nothing_was_planned():

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipemax.plan import StepPlan
+from pipemax.plan import CopyDirection, StepPlan
+from pipemax.worker.copy_log import CopyLog
 from pipemax.worker.device import BlockRuns, CopyError, CopyStream, CpuCopyStream, CpuDevice, CpuEvent, Event
 from pipemax.worker.transfer import TransferEngine
 from tests.executor.plans import Row, make_plan
@@ -261,6 +262,50 @@ def test_copies_go_on_while_later_layers_compute_and_the_next_step_waits_for_the
     # Three layers at 20 ms each come one after the other; the first step waited for none of them.
     assert first.window_wait_seconds == 0.0
     assert second.window_wait_seconds > 0.03
+
+
+def test_copies_are_told_of_once_and_with_the_time_that_they_took() -> None:
+    """Three layers at 20 ms each on one stream, while the other is done at once."""
+    device, pools = SlowDevice({"home": lambda: 0.0, "refill": lambda: 0.02}), Pools()
+    log = CopyLog()
+    with engine_on(device, pools) as engine:
+        began = time.monotonic()
+        engine.begin_step(make_plan(7, ROWS, write_home=[(3, 5), (4, 6)], refill=[(7, 1)]))
+        for layer in LAYERS:
+            engine.enter(layer)
+            engine.leave(layer)
+        issued = engine.finish_step().copies
+        log.add(issued)
+        assert issued[0].direction is CopyDirection.REFILL and issued[0].timing() is None
+        early = log.take_ended()
+        engine.drain()
+        ended = time.monotonic()
+        late = log.take_ended()
+        assert log.take_ended() == ()
+        # A step without copies has none to tell of.
+        engine.begin_step(make_plan(8, []))
+        assert engine.finish_step().copies == ()
+    block_bytes = len(LAYERS) * 2 * 4 * 1 * 8 * 2
+    times = {copy.direction: copy for copy in (*early, *late)}
+    assert len(times) == len(early) + len(late) == 2 and CopyDirection.REFILL in {copy.direction for copy in late}
+    refill, home = times[CopyDirection.REFILL], times[CopyDirection.HOME]
+    assert (refill.step_id, refill.num_blocks, refill.num_bytes) == (7, 1, block_bytes)
+    assert (home.step_id, home.num_blocks, home.num_bytes) == (7, 2, 2 * block_bytes)
+    assert began <= refill.start_seconds and refill.end_seconds <= ended
+    assert refill.end_seconds - refill.start_seconds >= 0.06
+    assert began <= home.start_seconds <= home.end_seconds <= ended
+
+
+@pytest.mark.parametrize("layers_per_copy", [1, 2, 3])
+def test_times_of_copies_cover_all_layers_however_they_share(layers_per_copy: int) -> None:
+    device, pools = SlowDevice({"home": lambda: 0.01, "refill": lambda: 0.0}), Pools()
+    engine = TransferEngine(device=device, pools=pools, layers=LAYERS, layers_per_copy=layers_per_copy)
+    engine.begin_step(make_plan(0, [], write_home=[(3, 5)]))
+    (issued,) = engine.finish_step().copies
+    engine.drain()
+    timing = issued.timing()
+    assert timing is not None and timing.end_seconds - timing.start_seconds >= 0.01 * len(LAYERS)
+    engine.close()
 
 
 class FailingStream(CpuCopyStream):
