@@ -258,6 +258,10 @@ def run_batch(
         watch = JobWatch(stall_seconds=config.stall_seconds)
 
         def start_engine() -> BatchEngine:
+            if config.data_parallel_size > 1:
+                from pipemax.replicas import Replicas
+
+                return Replicas(**engine, max_restarts=max_restarts)
             from pipemax.llm import LLM
 
             llm = LLM(**engine)

@@ -43,35 +43,39 @@ class PhasePolicyName(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Settings of one pipeline.
+    """Settings of a pipeline, or of several that are alike.
 
     model                        folder with config.json and safetensors, or a .gguf file
     pipeline_parallel_size       stages; one process (and one GPU) each
+    data_parallel_size           pipelines, each with GPUs of its own; rows go to whichever has room (`replicas.py`)
     num_batches                  batches in flight; default: one per stage
     device                       "auto" | "cpu" | "cuda"
     dtype                        "auto" (the checkpoint's) | "float32" | "bfloat16" | "float16"
     block_size                   tokens in a KV block
     num_device_blocks            KV blocks on each device, window included; default: from memory
     num_window_blocks            of those, blocks that serve as the window; default: an eighth, 0 without offloading
-    host_memory_gib              host memory for KV homes, all stages together; default: from what is free
+    host_memory_gib              host memory for KV homes, all stages of all pipelines together; default: from what is
+                                 free
     max_num_seqs                 most rows in one step
     max_num_batched_tokens       most new tokens in one prefill step
     async_scheduling             plan a batch's next step before the tokens of its last one are known
     kv_offload                   "on" | "off": whether KV may live in host memory
     phase_policy                 "auto" | "mixed" | "disaggregated": how prefill and decode share the steps
     stall_seconds                a pipeline in which nothing gets on for so long is ended
-    threads_per_stage            CPU threads of a stage; default: cores divided by stages
+    threads_per_stage            CPU threads of a stage; default: cores divided by stages of all pipelines
     gpu_memory_utilization       share of each GPU's memory that weights, KV cache and the rest may take together
     attention_backend            "auto" | "flashinfer" | "reference", on a GPU
     fused_layers                 on a GPU: merged GEMMs and fused operations for families that have them
     cuda_graphs                  on a GPU: small steps from CUDA graphs; needs fused_layers
-    stage_devices                GPU of each stage; default: stage i on GPU i. Stages that share one are for tests
+    stage_devices                GPU of each stage, one pipeline after the other; default: stage i on GPU i. Stages that
+                                 share one are for tests
     """
 
     model: str
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
     num_batches: int | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -105,6 +109,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
 
         positive("pipeline_parallel_size")
+        positive("data_parallel_size")
         positive("num_batches", optional=True)
         positive("max_model_len", optional=True)
         positive("block_size")
@@ -132,10 +137,10 @@ class EngineConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
-        if self.stage_devices is not None and len(self.stage_devices) != self.pipeline_parallel_size:
+        num_stages = self.pipeline_parallel_size * self.data_parallel_size
+        if self.stage_devices is not None and len(self.stage_devices) != num_stages:
             raise ConfigError(
-                f"stage_devices names {len(self.stage_devices)} GPUs for {self.pipeline_parallel_size} stages: "
-                "give one a stage"
+                f"stage_devices names {len(self.stage_devices)} GPUs for {num_stages} stages: give one a stage"
             )
         for name, kind in (
             ("load_format", LoadFormat),

@@ -63,6 +63,12 @@ _FLAGS = {
     "pipeline_parallel_size": _Flag(
         _PIPELINE, "N", "Pipeline stages, each a process with a GPU of its own.", short=("-pp",)
     ),
+    "data_parallel_size": _Flag(
+        _PIPELINE,
+        "R",
+        "Pipelines, each with GPUs of its own: R times the stages. Rows go to whichever has room.",
+        short=("-dp",),
+    ),
     "num_batches": _Flag(_PIPELINE, "N", "Batches in flight.", default="one a stage"),
     "max_num_seqs": _Flag(_PIPELINE, "ROWS", "Most rows in one step of one batch."),
     "max_num_batched_tokens": _Flag(_PIPELINE, "TOKENS", "Most prompt tokens in one prefill step."),
@@ -91,7 +97,10 @@ _FLAGS = {
         default="an eighth, 0 with one batch",
     ),
     "host_memory_gib": _Flag(
-        _KV, "GIB", "Host memory for KV blocks, all stages together.", default="a quarter of what is free"
+        _KV,
+        "GIB",
+        "Host memory for KV blocks, all stages of all pipelines together.",
+        default="a quarter of what is free",
     ),
     "gpu_memory_utilization": _Flag(
         _GPU, "SHARE", "Of each GPU's memory, what weights, KV cache and the rest may take together."

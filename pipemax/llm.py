@@ -10,7 +10,7 @@ scheduling, no tensors.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from pipemax.cost.forecast import Forecast
 from pipemax.cost.load import even_stages
 from pipemax.cost.table import best_cost_model
 from pipemax.engine import Engine, EngineUpdate
+from pipemax.engine_stats import EngineStats
 from pipemax.executor.process import ProcessExecutor
 from pipemax.executor.sizing import GIB, free_host_bytes
 from pipemax.local_hardware import local_server
@@ -33,43 +34,14 @@ from pipemax.output_processor import OutputProcessor
 from pipemax.plan import Capacity, Phase
 from pipemax.request import FinishReason, GenerationError, RequestError, RequestOutput, SamplingParams
 from pipemax.scheduling.request_state import RequestState
+from pipemax.text_generator import GenerationRequest, Message, TextGenerator
 from pipemax.tokenization import Tokenizer
 from pipemax.worker.gguf import cached_gguf_folder
 
-Message = Mapping[str, Any]
+__all__ = ["LLM", "EngineStats", "GenerationRequest", "Message"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
-    """One thing to generate from: a text, token ids, or chat messages (exactly one of `prompt` and `messages`)."""
-
-    request_id: str
-    sampling_params: SamplingParams
-    prompt: str | Sequence[int] | None = None
-    messages: Sequence[Message] | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counts since the engine started. Blocks are KV blocks of all layers, on each stage."""
-
-    prompt_tokens: int
-    output_tokens: int
-    steps: int
-    prefill_steps: int
-    decode_steps: int
-    blocks_sent_home: int
-    blocks_refilled: int
-    requests_left_batch: int
-    requests_restarted: int
-    num_device_blocks: int
-    num_window_blocks: int
-    num_host_blocks: int
-    elapsed_seconds: float
-
-
-class LLM:
+class LLM(TextGenerator):
     """A model on this machine, ready to generate.
 
     Parameters are the fields of `EngineConfig`. Raises ConfigError when the settings, the model's files or the memory
@@ -82,6 +54,10 @@ class LLM:
         if unknown:
             raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}; EngineConfig lists what there is")
         config = EngineConfig(model=str(model), **settings)
+        if config.data_parallel_size != 1:
+            raise ConfigError(
+                "an LLM is one pipeline; for data_parallel_size above 1 use pipemax.Replicas, which has the same calls"
+            )
         folder = Path(config.model)
         self.model_name = folder.name
         if folder.suffix == ".gguf":
@@ -136,46 +112,8 @@ class LLM:
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
-    def generate(
-        self,
-        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> list[RequestOutput]:
-        """Completes texts or token id lists; outputs in input order.
-
-        One SamplingParams serves all prompts, a list gives each its own. Raises RequestError (a ValueError) when a
-        prompt cannot run, after the others have finished; use `stream` to have errors beside results.
-        """
-        return self._in_order(
-            GenerationRequest(request_id=str(index), prompt=prompt, sampling_params=params)
-            for index, (prompt, params) in enumerate(_pair(_as_prompts(prompts), sampling_params))
-        )
-
-    def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[RequestOutput]:
-        """Answers one conversation or a list of them; outputs in input order. Errors as in `generate`."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        return self._in_order(
-            GenerationRequest(
-                request_id=str(index),
-                messages=conversation,
-                sampling_params=params,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-            for index, (conversation, params) in enumerate(_pair(list(conversations), sampling_params))
-        )
-
-    def stream(self, requests: Iterable[GenerationRequest]) -> Iterator[RequestOutput]:
-        """Yields outputs as they finish, reading `requests` only as far ahead as the engine needs.
-
-        A request that cannot run comes out with `error` set; the others go on. Closing the iterator drops what is
-        unfinished. One stream at a time. Raises ExecutorError when a stage fails.
-        """
+    def stream(self, requests: Iterable[GenerationRequest | None]) -> Iterator[RequestOutput]:
+        """See `TextGenerator`. One stream at a time. Raises ExecutorError when a stage fails."""
         if self._streaming:
             raise RuntimeError("this LLM is generating already: finish or close the other stream first")
         self._streaming = True
@@ -188,9 +126,12 @@ class LLM:
                 if self._dropping_queued:
                     self._drop_queued(live)
                 while not exhausted and len(population.waiting) < self._max_queued:
-                    request = next(source, None)
-                    if request is None:
+                    try:
+                        request = next(source)
+                    except StopIteration:
                         exhausted = True
+                        break
+                    if request is None:
                         break
                     failed = self._submit(request, live)
                     if failed is not None:
@@ -291,13 +232,6 @@ class LLM:
             return None
         source = Path(config.tokenizer) if config.tokenizer else folder
         return Tokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code, model_folder=folder)
-
-    def _in_order(self, requests: Iterable[GenerationRequest]) -> list[RequestOutput]:
-        outputs = sorted(self.stream(requests), key=lambda output: int(output.request_id))
-        for output in outputs:
-            if output.error is not None:
-                raise RequestError(f"prompt {output.request_id}: {output.error}", param=output.error.param)
-        return outputs
 
     def _submit(self, request: GenerationRequest, live: dict[int, _Live]) -> RequestOutput | None:
         """Queues one request, or gives the output that says why not."""
@@ -435,19 +369,3 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
             f"max_model_len {config.max_model_len} is above the model's {spec.max_position_embeddings} positions"
         )
     return config.max_model_len
-
-
-def _as_prompts(prompts: Any) -> list[str | Sequence[int]]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]
-    return list(prompts)
-
-
-def _pair(
-    items: list[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[tuple[Any, SamplingParams]]:
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [(item, sampling_params or SamplingParams()) for item in items]
-    if len(sampling_params) != len(items):
-        raise RequestError(f"{len(items)} prompts and {len(sampling_params)} sampling_params: give one for each")
-    return list(zip(items, sampling_params, strict=True))

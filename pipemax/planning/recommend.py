@@ -126,13 +126,14 @@ def _command(best: LayoutResult, *, model: ModelSpec, settings: JobSettings) -> 
     flags = [
         f"--model {model.name}",
         f"--pipeline-parallel-size {layout.num_stages}",
+        *([f"--data-parallel-size {layout.num_replicas}"] if layout.num_replicas > 1 else []),
         f"--phase-policy {layout.phase_policy}",
         f"--kv-offload {layout.kv_offload}",
         f"--max-num-seqs {settings.max_num_seqs}",
         f"--max-num-batched-tokens {settings.max_num_batched_tokens}",
     ]
     if layout.kv_offload is KVOffload.ON:
-        flags.append(f"--host-memory-gib {max(1, -(-best.home_bytes // layout.num_replicas // GIB))}")
+        flags.append(f"--host-memory-gib {max(layout.num_replicas, -(-best.home_bytes // GIB))}")
     return "pipemax run-batch " + " ".join(flags)
 
 

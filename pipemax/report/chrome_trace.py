@@ -55,7 +55,8 @@ def trace_events(run: RunSnapshot) -> Iterator[_Event]:
         for step in part:
             yield from _counters(step)
             for stage, span in enumerate(step.stages):
-                yield from _stage_events(step, stage, span)
+                if not span.is_idle:
+                    yield from _stage_events(step, stage, span)
             yield from _arrows(step, arrow_ids)
 
 
@@ -146,6 +147,8 @@ def _arrows(step: StepRecord, ids: Iterator[int]) -> Iterator[_Event]:
     if not step.num_rows:
         return
     for stage, (here, there) in enumerate(itertools.pairwise(step.stages)):
+        if here.is_idle or there.is_idle:
+            continue
         common = {"name": "activations", "cat": "activations", "id": next(ids)}
         yield {
             "ph": "s",

@@ -30,6 +30,11 @@ class StageSpan:
         return self.compute_seconds + self.window_wait_seconds
 
     @property
+    def is_idle(self) -> bool:
+        """Whether the stage had no part in the step: it is another replica's."""
+        return self.duration_seconds == self.activation_wait_seconds == self.refill_bytes == self.home_bytes == 0
+
+    @property
     def end_seconds(self) -> float:
         return self.start_seconds + self.duration_seconds
 

@@ -65,6 +65,16 @@ def test_the_command_has_flags_that_engines_know():
     assert "--host-memory-gib 3" in command and "--pipeline-parallel-size 2" in command
 
 
+def test_the_command_names_replicas_and_the_memory_of_them_all():
+    two = PipelineLayout(2, 2, KVOffload.ON, PhasePolicyName.AUTO)
+    four_gpus = server(4)
+    command = recommend([result(two, 150)], model=MODEL, server=four_gpus, job=JOB, settings=JobSettings()).command
+    assert command is not None
+    assert "--pipeline-parallel-size 2 --data-parallel-size 2 " in command and "--host-memory-gib 3" in command
+    alone = choose(result(ON, 100)).command
+    assert alone is not None and "--data-parallel-size" not in alone
+
+
 def test_what_would_fit_is_said_where_nothing_does():
     refusal = LayoutRefusal(ON, "Llama-3.1-70B does not fit 4 x rtx-4090; use more GPUs")
     with pytest.raises(ConfigError) as caught:
