@@ -1,12 +1,11 @@
 """`BatchReader`: an OpenAI batch file as a lazy stream of rows, one line in memory at a time.
 
-What lives here: lines of a file, their numbers, the uniqueness of custom ids and of row ids. Never here: what one line
-means (`batch_request.py`).
+What lives here: the uniqueness of custom ids and of row ids. Never here: lines of a file (`json_lines.py`), what one
+line means (`batch_request.py`).
 """
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from pipemax.io.batch_request import BatchRow, ErrorCode, RowError, parse_line, row_error
 from pipemax.io.custom_ids import CustomIdIndex
+from pipemax.io.json_lines import JsonLines
 from pipemax.io.row_ids import nameless_row_id
 
 
@@ -28,13 +28,8 @@ class BatchReader:
         self._defaults = defaults
 
     def __iter__(self) -> Iterator[BatchRow | RowError]:
-        with self._path.open("rb") as lines, CustomIdIndex() as seen:
-            for number, line in enumerate(lines, start=1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                line = line.strip()
-                if not line:
-                    continue
+        with CustomIdIndex() as seen:
+            for number, line in JsonLines(self._path):
                 row = parse_line(line, number, defaults=self._defaults)
                 if row.custom_id is None:
                     assert isinstance(row, RowError)
@@ -54,9 +49,4 @@ class BatchReader:
 
 def count_rows(path: Path) -> int:
     """Lines that are not blank: what a reader of this file will yield. Raises OSError."""
-    with path.open("rb") as lines:
-        return sum(1 for number, line in enumerate(lines) if _has_content(line, first=number == 0))
-
-
-def _has_content(line: bytes, *, first: bool) -> bool:
-    return bool((line.removeprefix(codecs.BOM_UTF8) if first else line).strip())
+    return JsonLines(path).count()

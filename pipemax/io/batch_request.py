@@ -1,8 +1,9 @@
 """One line of an OpenAI batch file, read and checked: `parse_line` gives a `BatchRow` or a `RowError`.
 
 Everything about the request side of the format is here: which fields there are, which of them change the meaning of a
-request and cannot be served, which are harmless. One wrong line is one `RowError`, never an exception. What never lives
-here: files (`batch_reader.py`), answers (`batch_response.py`), tokenizers, the model's own limits (the engine's work).
+request and cannot be served, which are harmless. One wrong line is one `RowError`, never an exception. Rows of tables
+have the same fields as columns: `request_row`. What never lives here: files (`batch_reader.py`), tables
+(`table_row.py`), answers (`batch_response.py`), tokenizers, the model's own limits (the engine's work).
 
 Parameters that SamplingParams knows are checked there; here only what it cannot see, which is JSON's types for lists
 and flags, and how the fields of an endpoint map to it.
@@ -48,12 +49,19 @@ class ErrorCode(enum.StrEnum):
     UNSUPPORTED_PARAMETER = "unsupported_parameter"
 
 
+class RowUnit(enum.StrEnum):
+    """What `line_number` counts, in the words of messages."""
+
+    LINE = "line"
+    ROW = "row"
+
+
 @dataclass(frozen=True, slots=True)
 class BatchRow:
     """A request that can go to the engine: exactly one of `prompt` (text or token ids) and `messages` is set.
 
-    `sampling_params.logprobs` carries the endpoint's wish for logprobs (chat: `top_logprobs`), None for none. `row_id`:
-    see `row_ids.py`.
+    `line_number` counts from 1, lines of a file or rows of a table. `sampling_params.logprobs` carries the endpoint's
+    wish for logprobs (chat: `top_logprobs`), None for none. `row_id`: see `row_ids.py`.
     """
 
     line_number: int
@@ -64,11 +72,12 @@ class BatchRow:
     messages: list[Message] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     row_id: str = field(kw_only=True)
+    unit: RowUnit = field(kw_only=True, default=RowUnit.LINE)
 
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """A request that was refused, as the error file tells it. `line_number` counts from 1; `param` may be None."""
+    """A request that was refused, as the error file tells it. `line_number`: see `BatchRow`; `param` may be None."""
 
     line_number: int
     custom_id: str | None
@@ -77,9 +86,12 @@ class RowError:
     param: str | None = None
     status_code: int = 400
     row_id: str = field(kw_only=True)
+    unit: RowUnit = field(kw_only=True, default=RowUnit.LINE)
 
 
-class _RowRefusedError(Exception):
+class RowRefusedError(Exception):
+    """Why one row is refused. It becomes a `RowError` once it is known which row that is."""
+
     def __init__(self, code: ErrorCode, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.code = code
@@ -214,11 +226,28 @@ def parse_line(line: bytes, line_number: int, *, defaults: Mapping[str, Any]) ->
     custom_id: str | None = None
     identity = row_id(line)
     try:
-        record = _parse_object(line)
+        record = parse_object(line)
         custom_id = _custom_id(record)
         endpoint = _endpoint(record)
         body = _body(record)
         _check_fields(body, endpoint)
+    except RowRefusedError as refusal:
+        return row_error(line_number, custom_id, refusal.code, str(refusal), param=refusal.param, row_id=identity)
+    return request_row(body, endpoint, line_number=line_number, custom_id=custom_id, row_id=identity, defaults=defaults)
+
+
+def request_row(
+    body: Mapping[str, Any],
+    endpoint: Endpoint,
+    *,
+    line_number: int,
+    custom_id: str,
+    row_id: str,
+    defaults: Mapping[str, Any],
+    unit: RowUnit = RowUnit.LINE,
+) -> BatchRow | RowError:
+    """The row that a request's fields make. `body` has no fields but known ones. `defaults`: see `parse_line`."""
+    try:
         return BatchRow(
             line_number=line_number,
             custom_id=custom_id,
@@ -227,38 +256,51 @@ def parse_line(line: bytes, line_number: int, *, defaults: Mapping[str, Any]) ->
             prompt=_prompt(body) if endpoint is Endpoint.COMPLETIONS else None,
             messages=_messages(body) if endpoint is Endpoint.CHAT else None,
             chat_template_kwargs=_chat_template_kwargs(body),
-            row_id=identity,
+            row_id=row_id,
+            unit=unit,
         )
-    except _RowRefusedError as refusal:
-        return row_error(line_number, custom_id, refusal.code, str(refusal), param=refusal.param, row_id=identity)
+    except RowRefusedError as refusal:
+        return row_error(
+            line_number, custom_id, refusal.code, str(refusal), param=refusal.param, row_id=row_id, unit=unit
+        )
 
 
 def row_error(
-    line_number: int, custom_id: str | None, code: ErrorCode, message: str, *, param: str | None = None, row_id: str
+    line_number: int,
+    custom_id: str | None,
+    code: ErrorCode,
+    message: str,
+    *,
+    param: str | None = None,
+    row_id: str,
+    unit: RowUnit = RowUnit.LINE,
 ) -> RowError:
-    """A RowError whose message says the line, and stays short whatever the row holds."""
+    """A RowError whose message says the line or row, and stays short whatever the row holds."""
     if len(message) > _LONGEST_ERROR_CHARACTERS:
         message = message[:_LONGEST_ERROR_CHARACTERS] + "..."
-    return RowError(line_number, custom_id, code.value, f"line {line_number}: {message}", param, row_id=row_id)
+    return RowError(
+        line_number, custom_id, code.value, f"{unit} {line_number}: {message}", param, row_id=row_id, unit=unit
+    )
 
 
-def _parse_object(line: bytes) -> dict[str, Any]:
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises RowRefusedError when it holds none."""
     try:
         record = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _RowRefusedError(
+        raise RowRefusedError(
             ErrorCode.INVALID_JSON_LINE, f"not UTF-8 ({error.reason} at byte {error.start} of the line)"
         ) from None
     except json.JSONDecodeError as error:
-        raise _RowRefusedError(
+        raise RowRefusedError(
             ErrorCode.INVALID_JSON_LINE, f"not JSON: {error.msg} at character {error.colno}"
         ) from None
     except RecursionError:
-        raise _RowRefusedError(ErrorCode.INVALID_JSON_LINE, "not JSON that can be read: nested too deeply") from None
+        raise RowRefusedError(ErrorCode.INVALID_JSON_LINE, "not JSON that can be read: nested too deeply") from None
     except ValueError as error:  # NaN and Infinity; integers of more digits than Python converts
-        raise _RowRefusedError(ErrorCode.INVALID_JSON_LINE, f"not JSON: {error}") from None
+        raise RowRefusedError(ErrorCode.INVALID_JSON_LINE, f"not JSON: {error}") from None
     if not isinstance(record, dict):
-        raise _RowRefusedError(ErrorCode.INVALID_JSON_LINE, f"a row must be a JSON object, got {_json_type(record)}")
+        raise RowRefusedError(ErrorCode.INVALID_JSON_LINE, f"a row must be a JSON object, got {_json_type(record)}")
     return record
 
 
@@ -278,14 +320,14 @@ def _json_type(value: object) -> str:
             return "an object"
 
 
-def _wrong_type(param: str, wanted: str, value: object) -> _RowRefusedError:
-    return _RowRefusedError(ErrorCode.INVALID_TYPE, f"{param} must be {wanted}, got {_json_type(value)}", param)
+def _wrong_type(param: str, wanted: str, value: object) -> RowRefusedError:
+    return RowRefusedError(ErrorCode.INVALID_TYPE, f"{param} must be {wanted}, got {_json_type(value)}", param)
 
 
 def _required(holder: Mapping[str, Any], name: str, where: str) -> Any:
     value = holder.get(name)
     if value is None:
-        raise _RowRefusedError(ErrorCode.MISSING_PARAMETER, f"{name} is missing{where}", name)
+        raise RowRefusedError(ErrorCode.MISSING_PARAMETER, f"{name} is missing{where}", name)
     return value
 
 
@@ -294,18 +336,18 @@ def _custom_id(record: Mapping[str, Any]) -> str:
     if not isinstance(custom_id, str):
         raise _wrong_type("custom_id", "a string", custom_id)
     if not custom_id:
-        raise _RowRefusedError(ErrorCode.INVALID_VALUE, "custom_id must not be empty", "custom_id")
+        raise RowRefusedError(ErrorCode.INVALID_VALUE, "custom_id must not be empty", "custom_id")
     return custom_id
 
 
 def _endpoint(record: Mapping[str, Any]) -> Endpoint:
     method = _required(record, "method", "")
     if method != "POST":
-        raise _RowRefusedError(ErrorCode.INVALID_METHOD, f"method must be 'POST', got {method!r}", "method")
+        raise RowRefusedError(ErrorCode.INVALID_METHOD, f"method must be 'POST', got {method!r}", "method")
     url = _required(record, "url", "")
     if url not in list(Endpoint):
         served = " and ".join(Endpoint)
-        raise _RowRefusedError(ErrorCode.INVALID_URL, f"url {url!r} is not served; {served} are", "url")
+        raise RowRefusedError(ErrorCode.INVALID_URL, f"url {url!r} is not served; {served} are", "url")
     return Endpoint(url)
 
 
@@ -328,13 +370,13 @@ def _check_fields(body: Mapping[str, Any], endpoint: Endpoint) -> None:
         if unsupported is not None:
             if value is None or value in unsupported.neutral:
                 continue
-            raise _RowRefusedError(ErrorCode.UNSUPPORTED_PARAMETER, f"{name}: {unsupported.reason}", name)
+            raise RowRefusedError(ErrorCode.UNSUPPORTED_PARAMETER, f"{name}: {unsupported.reason}", name)
         other = next((url for url in Endpoint if name in _FIELDS[url]), None)
         if other is not None:
-            raise _RowRefusedError(ErrorCode.UNKNOWN_PARAMETER, f"{name} belongs to {other}, not to {endpoint}", name)
+            raise RowRefusedError(ErrorCode.UNKNOWN_PARAMETER, f"{name} belongs to {other}, not to {endpoint}", name)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise _RowRefusedError(ErrorCode.UNKNOWN_PARAMETER, f"unknown parameter {name!r}{hint}", name)
+        raise RowRefusedError(ErrorCode.UNKNOWN_PARAMETER, f"unknown parameter {name!r}{hint}", name)
 
 
 def _sampling_params(body: Mapping[str, Any], endpoint: Endpoint, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -363,7 +405,7 @@ def _sampling_params(body: Mapping[str, Any], endpoint: Endpoint, defaults: Mapp
         in_body = {"max_tokens": length_field, "logprobs": logprobs_field}.get(param or "", param)
         if param is not None and in_body is not None and in_body != param:
             message = in_body + message.removeprefix(param)
-        raise _RowRefusedError(ErrorCode.INVALID_VALUE, message, in_body) from None
+        raise RowRefusedError(ErrorCode.INVALID_VALUE, message, in_body) from None
 
 
 def _put_max_tokens(values: dict[str, Any], body: Mapping[str, Any], endpoint: Endpoint) -> str:
@@ -371,7 +413,7 @@ def _put_max_tokens(values: dict[str, Any], body: Mapping[str, Any], endpoint: E
     short, long = body.get("max_tokens"), body.get("max_completion_tokens")
     if short is not None and long is not None and short != long:
         message = f"max_tokens ({short!r}) and max_completion_tokens ({long!r}) contradict each other: give one"
-        raise _RowRefusedError(ErrorCode.INVALID_VALUE, message, "max_tokens")
+        raise RowRefusedError(ErrorCode.INVALID_VALUE, message, "max_tokens")
     if short is None and long is None:
         values.setdefault("max_tokens", None if endpoint is Endpoint.CHAT else _DEFAULT_COMPLETION_TOKENS)
         return "max_tokens"
@@ -392,7 +434,7 @@ def _put_logprobs(values: dict[str, Any], body: Mapping[str, Any], endpoint: End
     if logprobs:
         values["logprobs"] = 0 if top_logprobs is None else top_logprobs
     elif top_logprobs:
-        raise _RowRefusedError(ErrorCode.INVALID_VALUE, "top_logprobs needs logprobs to be true", "top_logprobs")
+        raise RowRefusedError(ErrorCode.INVALID_VALUE, "top_logprobs needs logprobs to be true", "top_logprobs")
     return "top_logprobs"
 
 
@@ -403,15 +445,15 @@ def _prompt(body: Mapping[str, Any]) -> str | list[int]:
     if not isinstance(prompt, list):
         raise _wrong_type("prompt", "a string or an array of token ids", prompt)
     if not prompt:
-        raise _RowRefusedError(ErrorCode.INVALID_VALUE, "prompt is empty", "prompt")
+        raise RowRefusedError(ErrorCode.INVALID_VALUE, "prompt is empty", "prompt")
     if isinstance(prompt[0], str | list):
         message = "prompt holds several prompts: one prompt a row, give each its own row"
-        raise _RowRefusedError(ErrorCode.UNSUPPORTED_PARAMETER, message, "prompt")
+        raise RowRefusedError(ErrorCode.UNSUPPORTED_PARAMETER, message, "prompt")
     for token_id in prompt:
         if isinstance(token_id, bool) or not isinstance(token_id, int):
             raise _wrong_type("prompt", "a string or an array of token ids", prompt)
         if not 0 <= token_id <= _LARGEST_TOKEN_ID:
-            raise _RowRefusedError(ErrorCode.INVALID_VALUE, f"prompt holds {token_id}, which is no token id", "prompt")
+            raise RowRefusedError(ErrorCode.INVALID_VALUE, f"prompt holds {token_id}, which is no token id", "prompt")
     return prompt
 
 
@@ -420,7 +462,7 @@ def _messages(body: Mapping[str, Any]) -> list[Message]:
     if not isinstance(messages, list):
         raise _wrong_type("messages", "an array", messages)
     if not messages:
-        raise _RowRefusedError(ErrorCode.INVALID_VALUE, "messages is empty", "messages")
+        raise RowRefusedError(ErrorCode.INVALID_VALUE, "messages is empty", "messages")
     for index, message in enumerate(messages):
         _check_message(message, f"messages[{index}]")
     return messages
@@ -431,13 +473,13 @@ def _check_message(message: Any, where: str) -> None:
         raise _wrong_type(where, "an object", message)
     role = message.get("role")
     if role is None:
-        raise _RowRefusedError(ErrorCode.MISSING_PARAMETER, f"{where}.role is missing", f"{where}.role")
+        raise RowRefusedError(ErrorCode.MISSING_PARAMETER, f"{where}.role is missing", f"{where}.role")
     if not isinstance(role, str):
         raise _wrong_type(f"{where}.role", "a string", role)
     content = message.get("content")
     if content is None:
         if not message.get("tool_calls"):
-            raise _RowRefusedError(ErrorCode.MISSING_PARAMETER, f"{where}.content is missing", f"{where}.content")
+            raise RowRefusedError(ErrorCode.MISSING_PARAMETER, f"{where}.content is missing", f"{where}.content")
     elif isinstance(content, list):
         for index, part in enumerate(content):
             _check_content_part(part, f"{where}.content[{index}]")
@@ -450,7 +492,7 @@ def _check_content_part(part: Any, where: str) -> None:
         raise _wrong_type(where, "an object", part)
     if part.get("type") != "text":
         message = f"{where}: only parts of type 'text' are supported, got {part.get('type')!r}"
-        raise _RowRefusedError(ErrorCode.UNSUPPORTED_PARAMETER, message, f"{where}.type")
+        raise RowRefusedError(ErrorCode.UNSUPPORTED_PARAMETER, message, f"{where}.type")
     if not isinstance(part.get("text"), str):
         raise _wrong_type(f"{where}.text", "a string", part.get("text"))
 
@@ -465,5 +507,5 @@ def _chat_template_kwargs(body: Mapping[str, Any]) -> dict[str, Any] | None:
     reserved = sorted(_RESERVED_TEMPLATE_KEYS.intersection(kwargs))
     if reserved:
         message = f"{name} may not set {reserved[0]}: it is not a variable of the chat template"
-        raise _RowRefusedError(ErrorCode.INVALID_VALUE, message, f"{name}.{reserved[0]}")
+        raise RowRefusedError(ErrorCode.INVALID_VALUE, message, f"{name}.{reserved[0]}")
     return kwargs

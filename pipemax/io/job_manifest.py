@@ -5,7 +5,8 @@
     out.job.json       this: the settings that decide what a row's answer is, and nothing that does not
 
 A job goes on with files that are there only if these settings are the same; rows themselves are known by their ids
-(`row_ids.py`). Never here: which rows are done (`done_rows.py`), how a run went (`report/`).
+(`row_ids.py`). A job whose output is a table keeps no line for each row once the table is written: that it is finished,
+and with which input, is here then. Never here: which rows are done (`done_rows.py`), how a run went (`report/`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,24 @@ def manifest_path(output_file: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
+class Finish:
+    """How a job ended that keeps no journal: a digest of its rows, and what came of them."""
+
+    input_digest: str
+    answered_rows: int
+    failed_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobManifest:
-    """`settings`: name to value, JSON scalars. `earlier`: those that results from before a forced resume came from."""
+    """`settings`: name to value, JSON scalars. `earlier`: those that results from before a forced resume came from.
+
+    `finish`: set when the output has been made of its journal.
+    """
 
     settings: dict[str, Any]
     earlier: tuple[dict[str, Any], ...] = ()
+    finish: Finish | None = None
 
     @classmethod
     def read(cls, path: Path) -> JobManifest | None:
@@ -45,7 +59,12 @@ class JobManifest:
             record = json.loads(text)
             if record["format"] != _FORMAT:
                 raise ConfigError(f"{path} was written by another version of PipeMax: choose another output file")
-            return cls(dict(record["settings"]), tuple(dict(one) for one in record["earlier"]))
+            finish = record.get("finish")
+            return cls(
+                dict(record["settings"]),
+                tuple(dict(one) for one in record["earlier"]),
+                None if finish is None else Finish(**finish),
+            )
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -53,7 +72,10 @@ class JobManifest:
 
     def write(self, path: Path) -> None:
         """Replaces the file whole, and syncs it. Raises OSError."""
-        text = json.dumps({"format": _FORMAT, "settings": self.settings, "earlier": list(self.earlier)}, indent=2)
+        record = {"format": _FORMAT, "settings": self.settings, "earlier": list(self.earlier)}
+        if self.finish is not None:
+            record["finish"] = asdict(self.finish)
+        text = json.dumps(record, indent=2)
         beside = path.with_name(path.name + ".new")
         with beside.open("w", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -70,4 +92,4 @@ class JobManifest:
         return None
 
     def replaced_by(self, settings: Settings) -> JobManifest:
-        return JobManifest(dict(settings), (*self.earlier, self.settings))
+        return JobManifest(dict(settings), (*self.earlier, self.settings), self.finish)

@@ -101,6 +101,17 @@ class OutputJournal:
             self.num_rows += 1
             self._unsynced = True
 
+    def sync(self) -> None:
+        """Brings what was appended so far to the disk. Raises OSError."""
+        if self._descriptor is not None:
+            self._sync()
+            self._raise_sync_error()
+
+    def remove(self) -> None:
+        """Takes the file away, and closes; nobody else can have taken it up meanwhile. Raises OSError."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
     def close(self) -> None:
         """Syncs and closes. Idempotent. Raises OSError when rows may not have reached the disk."""
         if self._descriptor is None:
