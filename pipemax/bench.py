@@ -32,6 +32,7 @@ from pipemax.report.html_report import JobOutcome
 from pipemax.report.job_record import JobRecord, RecordWishes
 from pipemax.request import SamplingParams
 from pipemax.scheduling.request_state import RequestState, RequestUpdate
+from pipemax.target_file import check_target_file, is_same_file
 
 _WARM_UP_REQUESTS = 8
 _WARM_UP_TOKENS = 8
@@ -136,11 +137,12 @@ def run_throughput(
 ) -> dict[str, Any]:
     """Runs the benchmark, prints a summary and writes `output_json`, trace and report; gives what it wrote as JSON.
 
-    Raises ConfigError for a wrong file or settings, ExecutorError when a stage fails.
+    Raises ConfigError for a wrong file or settings, before anything is loaded; ExecutorError when a stage fails.
     """
     from pipemax.llm import LLM
 
     lengths = read_lengths(dataset_path, num_prompts=num_prompts)
+    _check_targets(dataset_path, {"--output-json": output_json, "--trace": wishes.trace, "--report": wishes.report})
     max_tokens = max(row.output_tokens for row in lengths)
     settings = {**engine_settings, "skip_tokenizer_init": True}
     if settings.get("max_model_len") is None:
@@ -205,6 +207,19 @@ def run_throughput(
         )
     )
     return report
+
+
+def _check_targets(dataset: Path, targets: Mapping[str, Path | None]) -> None:
+    """Raises ConfigError for a file that could not be written at the end, or would take another one's place."""
+    taken = {"--dataset-path": dataset}
+    for flag, path in targets.items():
+        if path is None:
+            continue
+        check_target_file(flag, path)
+        for other_flag, other in taken.items():
+            if is_same_file(path, other):
+                raise ConfigError(f"{flag} {path} is the file of {other_flag}: choose another")
+        taken[flag] = path
 
 
 def _requests(

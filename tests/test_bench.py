@@ -14,6 +14,7 @@ from pipemax.cli import main
 from pipemax.config import ConfigError
 from pipemax.observer import EngineGauges
 from pipemax.plan import Phase, StageTiming, StepResult
+from pipemax.target_file import check_target_file
 from tests.executor.plans import Row, make_plan
 from tests.worker.families import save_model
 
@@ -73,6 +74,37 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, text, num
     assert str(file) in str(raised.value)
     with pytest.raises(ConfigError, match="No such file"):
         read_lengths(tmp_path / "none.csv", num_prompts=None)
+
+
+@pytest.mark.parametrize(
+    ("flag", "path", "what"),
+    [
+        ("--trace", "none/trace.json", "there is no folder"),
+        ("--report", ".", "is a directory: give a file's name"),
+        ("--output-json", "lengths.csv", "is the file of --dataset-path: choose another"),
+        ("--report", "out.json", "is the file of --output-json: choose another"),
+        ("--trace", "lengths.csv/trace.json", "Not a directory"),
+    ],
+)
+def test_files_that_could_not_be_written_at_the_end_are_refused_at_the_start(
+    tmp_path, capsys, monkeypatch, flag, path, what
+):
+    """Before a model is even looked for: there is none here."""
+    dataset = write_lengths(tmp_path / "lengths.csv", LENGTHS)
+    arguments = ["--model", str(tmp_path / "no-model"), "--dataset-path", str(dataset)]
+    if flag != "--output-json":
+        arguments += ["--output-json", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", ["pipemax", "bench", "throughput", *arguments, flag, str(tmp_path / path)])
+    assert main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pipemax: error: {flag} {tmp_path / path}") and what in line
+    assert [file.name for file in tmp_path.iterdir()] == ["lengths.csv"]
+
+
+def test_without_permission_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path.resolve())
+    with pytest.raises(ConfigError, match="no permission to write in"):
+        check_target_file("--trace", tmp_path / "trace.json")
 
 
 def logged(steps: list[tuple[int, int, float]]) -> StepLog:
