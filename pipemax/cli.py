@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +38,7 @@ class ExitCode(enum.IntEnum):
     TERMINATED = 143
 
 
+_ROWS = "Rows"
 _WATCHING = "Watching the job"
 _Trace = Annotated[
     Path | None,
@@ -175,19 +176,79 @@ def run_batch(
     input_file: Annotated[
         Path,
         typer.Option(
-            "--input-file", "-i", metavar="PATH", help="Requests, one JSON object a line (OpenAI batch format)."
+            "--input-file",
+            "-i",
+            metavar="PATH",
+            help="Requests: OpenAI batch format, or a table with prompts. .jsonl, .jsonl.gz, .jsonl.zst, .parquet, or "
+            "the folder of a Hugging Face dataset.",
         ),
     ],
     output_file: Annotated[
         Path,
         typer.Option(
-            "--output-file", "-o", metavar="PATH", help="Answers, appended as rows finish, in no fixed order."
+            "--output-file",
+            "-o",
+            metavar="PATH",
+            help="Answers, in any of these formats (no extension: a dataset's folder). OpenAI requests to .jsonl: "
+            "appended as rows finish; all else: a table, made at the end.",
         ),
     ],
     error_file: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Rows that failed.", show_default="beside the output: NAME.errors.jsonl"),
+        typer.Option(
+            metavar="PATH",
+            help="Rows that failed; in a table they have a column.",
+            show_default="beside the output: NAME.errors.jsonl",
+        ),
     ] = None,
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column with the prompts: texts, token ids or chat messages.",
+            show_default="messages or prompt",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+    result_prefix: Annotated[
+        str,
+        typer.Option(metavar="TEXT", help="Put before the names of result columns.", rich_help_panel=_ROWS),
+    ] = "",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Longest answer of rows that do not say.",
+            show_default="16; chats: the model's length",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T", help="Of rows that do not say.", show_default="the model's, else 1", rich_help_panel=_ROWS
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P", help="Of rows that do not say.", show_default="the model's, else 1", rich_help_panel=_ROWS
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Of rows that do not say.", show_default="the model's, else off", rich_help_panel=_ROWS
+        ),
+    ] = None,
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        typer.Option(
+            help="auto: sampling parameters that neither a row nor a flag says are those of the model's "
+            "generation_config.json.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew: throw away what output and error file hold.")
     ] = False,
@@ -233,16 +294,17 @@ def run_batch(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks with errors.")] = False,
     engine: dict[str, Any],
 ) -> None:
-    """Answers every row of a file of requests in the OpenAI batch format.
+    """Answers every row of a file: OpenAI batch requests, or a table (JSON lines, Parquet, a dataset) with prompts.
 
-    Rows that are wrong or fail go to the error file; the others go on. The output is there from the first answer on. A
-    job that was stopped or killed is taken up by the same command.
+    Rows that are wrong or fail cost themselves only. Answers are on disk as rows finish. A job that was stopped or
+    killed is taken up by the same command.
     """
     with _errors_told(verbose=verbose):
         if overwrite and force_resume:
             raise ConfigError("--overwrite starts anew and --force-resume goes on: give one of them")
         from pipemax.config import EngineConfig
         from pipemax.io.progress import ProgressStyle
+        from pipemax.io.sampling_defaults import flag_sampling_defaults, model_sampling_defaults
         from pipemax.job_watch import JobWatch
         from pipemax.report.job_record import RecordWishes
         from pipemax.report.metrics import MetricsAddress
@@ -253,8 +315,19 @@ def run_batch(
         if overwrite or force_resume:
             existing = ExistingOutput.OVERWRITE if overwrite else ExistingOutput.FORCE_RESUME
 
-        files = BatchFiles.check(input_file, output_file, error_file, existing=existing)
+        files = BatchFiles.check(
+            input_file,
+            output_file,
+            error_file,
+            existing=existing,
+            prompt_column=prompt_column,
+            result_prefix=result_prefix,
+        )
         config = EngineConfig(**engine)
+        sampling_defaults = {
+            **(model_sampling_defaults(Path(config.model)) if generation_config == "auto" else {}),
+            **flag_sampling_defaults(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k),
+        }
         watch = JobWatch(stall_seconds=config.stall_seconds)
 
         def start_engine() -> BatchEngine:
@@ -272,7 +345,8 @@ def run_batch(
             files=files,
             rules=JobRules(
                 existing=existing,
-                settings=answer_settings(config),
+                settings=answer_settings(config, sampling_defaults),
+                sampling_defaults=sampling_defaults,
                 error_threshold=None if error_threshold == -1 else error_threshold,
                 row_order=RowOrder.AS_INPUT if preserve_order else RowOrder.AS_FINISHED,
                 max_restarts=max_restarts,
