@@ -98,7 +98,7 @@ class DoneRows:
                 num_open += 1
                 continue
             num_other += 1
-            example = example or f"line {row.line_number}, custom_id {row.custom_id!r}, is another one now"
+            example = example or f"{row.unit} {row.line_number}, custom_id {row.custom_id!r}, is another one now"
         unseen = self._first("SELECT count(*) FROM done WHERE seen = 0")
         assert unseen is not None
         if unseen[0] and not example:
