@@ -62,7 +62,8 @@ class PipelineActor:
         self._owners: dict[str, _Batch] = {}
         self._feed = RequestFeed()
         self._replicas = Replicas(model_source, max_restarts=max_restarts, **(engine_kwargs or {}))
-        threading.Thread(target=self._work, name="pipemax-stream", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="pipemax-stream", daemon=True)
+        self._thread.start()
 
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
         """The batch with the columns of `rows.RESULT_SCHEMA`, once its last row is done."""
