@@ -4,7 +4,6 @@
     slots            7     -1     12     31          device slot, or ABSENT
     homes            4      5      6      9          host block, reserved from the start
     home_tokens     16     16     16      0          tokens of the block whose home copy is valid
-    window_slots     -     88      -      -          of absent blocks, for the step staged last
 
 A block may be dropped from the device when its home copy covers every token in it. The tail changes with each token, so
 it is dropped only when its request leaves the batch, after a copy of what it holds has gone home.
@@ -29,7 +28,7 @@ class BlockTable:
         self.block_size = block_size
         self.num_blocks = 0
         self.num_absent = 0
-        self._arrays = np.empty((4, 8), dtype=np.int32)
+        self._arrays = np.empty((3, 8), dtype=np.int32)
 
     @property
     def slots(self) -> Int32Array:
@@ -43,18 +42,14 @@ class BlockTable:
     def home_tokens(self) -> Int32Array:
         return self._arrays[2, : self.num_blocks]
 
-    @property
-    def window_slots(self) -> Int32Array:
-        return self._arrays[3, : self.num_blocks]
-
     def append(self, *, slot: int, home: int) -> None:
         """One more block at the end, resident, with an empty home copy."""
         capacity = self._arrays.shape[1]
         if self.num_blocks == capacity:
-            grown = np.empty((4, 2 * capacity), dtype=np.int32)
+            grown = np.empty((3, 2 * capacity), dtype=np.int32)
             grown[:, :capacity] = self._arrays
             self._arrays = grown
-        self._arrays[:, self.num_blocks] = (slot, home, 0, ABSENT)
+        self._arrays[:, self.num_blocks] = (slot, home, 0)
         self.num_blocks += 1
 
     def place(self, block: int, slot: int) -> None:
@@ -83,12 +78,6 @@ class BlockTable:
         if not tail_too and self.num_blocks and held[-1] < self.block_size:
             complete[-1] = False
         return np.flatnonzero(complete).astype(np.int32)
-
-    def placed_slots(self) -> Int32Array:
-        """Where each block is during the step staged last: its own slot, or the window's. Not to be written to."""
-        if self.num_absent:
-            return np.where(self.slots == ABSENT, self.window_slots, self.slots)
-        return self.slots
 
     def absent_blocks(self) -> Int32Array:
         if not self.num_absent:

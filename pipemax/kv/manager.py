@@ -16,25 +16,16 @@ they keep the order of `plan.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from pipemax.config import KVOffload
 from pipemax.kv.block_pool import BlockPool
 from pipemax.kv.block_table import ABSENT, BlockTable
-from pipemax.kv.window import Window
-from pipemax.plan import BlockCopies, Capacity, Int32Array
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Device slots of a step's rows, CSR, and the refill that puts them there."""
-
-    indptr: Int32Array
-    indices: Int32Array
-    refill: BlockCopies
+from pipemax.kv.window import Placement, Window
+from pipemax.plan import BlockCopies, Capacity
 
 
 def _copies(pairs: Sequence[tuple[int, int]]) -> BlockCopies:
@@ -66,8 +57,10 @@ class KVManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def table(self, request_id: int) -> BlockTable:
-        return self._tables[request_id]
+    @property
+    def tables(self) -> Mapping[int, BlockTable]:
+        """Block tables by request."""
+        return self._tables
 
     def missing_blocks(self, request_id: int, num_tokens: int) -> int:
         """Blocks to allocate before the request's KV can hold `num_tokens`."""
@@ -166,20 +159,16 @@ class KVManager:
 
     def place(self, request_ids: Iterable[int]) -> Placement:
         """Slots of every block of the given rows: resident ones, and the window for the rest."""
-        tables = [self._tables[request_id] for request_id in request_ids]
-        copies = self.window.assign(tables)
-        refill = BlockCopies(copies.slots, copies.homes)
-        if self._promoted:
-            promoted = _copies([(s, int(self._tables[rid].homes[b])) for (rid, b), s in self._promoted.items()])
-            refill = BlockCopies(
-                np.concatenate([refill.slots, promoted.slots]), np.concatenate([refill.homes, promoted.homes])
-            )
-            self._promoted.clear()
-        indptr = np.zeros(len(tables) + 1, dtype=np.int32)
-        np.cumsum([table.num_blocks for table in tables], out=indptr[1:])
-        pieces = [table.placed_slots() for table in tables]
-        indices = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
-        return Placement(indptr=indptr, indices=indices, refill=refill)
+        placement = self.window.place([self._tables[request_id] for request_id in request_ids])
+        if not self._promoted:
+            return placement
+        refill = placement.refill
+        promoted = _copies([(s, int(self._tables[rid].homes[b])) for (rid, b), s in self._promoted.items()])
+        self._promoted.clear()
+        both = BlockCopies(
+            np.concatenate([refill.slots, promoted.slots]), np.concatenate([refill.homes, promoted.homes])
+        )
+        return dataclasses.replace(placement, refill=both)
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 

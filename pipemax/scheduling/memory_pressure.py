@@ -17,7 +17,7 @@ time *stalls*; until it has been served nobody joins and nothing is prefilled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from pipemax.config import KVOffload
 from pipemax.kv.manager import KVManager
@@ -47,6 +47,7 @@ class MemoryPressure:
         self._batch_absent = [0] * len(population.batches)
         self._holders: dict[int, RequestState] = {}  # requests with a block table, by time of admission
         self._leftovers: dict[int, RequestState] = {}  # of those, not in a batch and maybe still on the device
+        self._undroppable: set[int] = set()  # of those, found to have nothing to drop while this step is staged
         self._stalled: set[int] = set()
         self._rows: set[int] = set()  # requests with a row in the step being staged: nothing of theirs is dropped
         self._window_used = 0  # by those rows
@@ -91,7 +92,7 @@ class MemoryPressure:
         return self._batch_blocks
 
     def num_blocks(self, request: RequestState) -> int:
-        return self._kv.table(request.request_id).num_blocks
+        return self._kv.tables[request.request_id].num_blocks
 
     def growth_reserve(self) -> int:
         """Slots that running requests will want within a step or two: joiners leave them free."""
@@ -102,6 +103,7 @@ class MemoryPressure:
     def begin_step(self) -> None:
         """A step is being staged, without rows as yet. What has boarded for another attempt travels all the same."""
         self._rows.clear()
+        self._undroppable.clear()
         self._window_used = 0
         self._refill_blocks = self._kv.num_promoted
 
@@ -116,7 +118,8 @@ class MemoryPressure:
 
     def make_device_room_for_rows(self, requests: Sequence[RequestState], *, batch_id: int) -> None:
         """One pass of cheap drops for all the blocks that a decode step needs."""
-        missing = sum(self._needs_block(request) for request in requests)
+        tables, block_size = self._kv.tables, self._kv.block_size
+        missing = sum([r.num_computed == tables[r.request_id].num_blocks * block_size for r in requests])
         if missing > self._kv.device.num_free:
             self._drop_leftovers(missing)
             batches = self._population.batches
@@ -127,26 +130,38 @@ class MemoryPressure:
                 self._drop_to_window(other, missing)
             self._drop_leftovers(missing, prompts_too=True)
 
-    def extend(self, request: RequestState) -> bool:
-        """Room for one more token of a running request. False: it sits this step out, or had to give its own KV up."""
-        absent = self._kv.table(request.request_id).num_absent
-        if absent > self._kv.window.num_blocks:
-            self.leave(request)  # the window has become smaller: the request comes back in another shape
-            return False
-        if not (
-            self._budget.allows(self._refill_blocks + absent, num_rows=len(self._rows) + 1)
-            and self._window_used + absent <= self._kv.window.num_blocks
-        ):
-            # The link has become slower, or the step shorter, than when blocks were dropped; or the first row needs
-            # more than a step's budget, and then it runs alone.
-            return False
-        if self._needs_block(request) and not self._add_block(request):
-            return False
-        self._take_row(request, absent=self._kv.table(request.request_id).num_absent, promoted_blocks=0)
-        return True
+    def extend_rows(self, requests: Iterable[RequestState]) -> Iterator[RequestState]:
+        """Room for one more token of each running request, in that order; gives those that got it.
 
-    def _needs_block(self, request: RequestState) -> bool:
-        return request.num_computed == self._kv.table(request.request_id).num_blocks * self._kv.block_size
+        Of the others some have left their batch: for an older one's sake, or to come back in another shape.
+        """
+        tables, window, budget, rows = self._kv.tables, self._kv.window, self._budget, self._rows
+        block_size, stalled = self._kv.block_size, self._stalled
+        for request in requests:
+            if request.status is not Status.RUNNING:
+                continue  # it had to leave meanwhile
+            table = tables[request.request_id]
+            absent = table.num_absent
+            if absent > window.num_blocks:
+                self.leave(request)  # the window has become smaller
+                continue
+            if (
+                not budget.allows(self._refill_blocks + absent, num_rows=len(rows) + 1)
+                or self._window_used + absent > window.num_blocks
+            ):
+                # The link has become slower, or the step shorter, than when blocks were dropped; or the first row
+                # needs more than a step's budget, and then it runs alone.
+                continue
+            if request.num_computed == table.num_blocks * block_size:
+                if not self._add_block(request):
+                    continue
+                absent = table.num_absent
+            rows.add(request.request_id)
+            self._window_used += absent
+            self._refill_blocks += absent
+            if stalled:
+                stalled.discard(request.request_id)
+            yield request
 
     def _add_block(self, request: RequestState) -> bool:
         if not self._make_host_room(request):
@@ -182,7 +197,7 @@ class MemoryPressure:
             kv.add(request_id)
             self._holders[request_id] = request
             self._reserve(request, self._expected_blocks(request))
-        table, tail = kv.table(request_id), self._absent_tail(request)
+        table, tail = kv.tables[request_id], self._absent_tail(request)
         travelling = self._refill_blocks + table.num_absent
         if not self._budget.allows(travelling, num_rows=len(self._rows) + 1):
             return 0
@@ -222,12 +237,12 @@ class MemoryPressure:
         self._leftovers.pop(request.request_id, None)
         self._population.join(request, batch_id)
         self._batch_blocks[batch_id] += self.num_blocks(request)
-        self._batch_absent[batch_id] += self._kv.table(request.request_id).num_absent
+        self._batch_absent[batch_id] += self._kv.tables[request.request_id].num_absent
 
     def board(self, request: RequestState, *, keep_free: int) -> None:
         """Brings what the link has time for of a READY request that is too long to come back in one step."""
         room = min(self._budget.left(self._refill_blocks), self._kv.device.num_free - keep_free)
-        absent = self._kv.table(request.request_id).absent_blocks().tolist()
+        absent = self._kv.tables[request.request_id].absent_blocks().tolist()
         for block in absent[: max(0, room)]:
             self._promote(request, block)
             self._refill_blocks += 1
@@ -237,7 +252,7 @@ class MemoryPressure:
         """Free slots are used at once: blocks that would travel every turn stay from now on."""
         keep_free = 2 * self.growth_reserve() + 1
         for request in requests:
-            table = self._kv.table(request.request_id)
+            table = self._kv.tables[request.request_id]
             if table.num_absent:
                 for block in table.absent_blocks().tolist():
                     if self._kv.device.num_free <= keep_free:
@@ -280,7 +295,7 @@ class MemoryPressure:
     def _leave_batch(self, request: RequestState) -> None:
         if request.batch_id is not None:
             self._batch_blocks[request.batch_id] -= self.num_blocks(request)
-            self._batch_absent[request.batch_id] -= self._kv.table(request.request_id).num_absent
+            self._batch_absent[request.batch_id] -= self._kv.tables[request.request_id].num_absent
 
     def _promote(self, request: RequestState, block: int) -> None:
         self._kv.promote(request.request_id, block)
@@ -296,7 +311,7 @@ class MemoryPressure:
     def _absent_tail(self, request: RequestState) -> int | None:
         """The block that the next token is written to, if it is there but not on the device."""
         block = request.num_computed // self._kv.block_size
-        table = self._kv.table(request.request_id)
+        table = self._kv.tables[request.request_id]
         return block if block < table.num_blocks and table.slots[block] < 0 else None
 
     def _expected_blocks(self, request: RequestState) -> int:
@@ -319,7 +334,9 @@ class MemoryPressure:
 
         prompts_too   also of those that are half-prefilled
         """
-        for request_id in sorted(self._leftovers, reverse=True):
+        if self._kv.offload is KVOffload.OFF or wanted <= self._kv.device.num_free:
+            return
+        for request_id in sorted(self._leftovers.keys() - self._undroppable, reverse=True):
             short = wanted - self._kv.device.num_free
             if short <= 0:
                 return
@@ -328,8 +345,9 @@ class MemoryPressure:
                 continue
             if request.status is Status.WAITING and not prompts_too:
                 continue
-            self._drop(request, at_most=short, tail_too=True)
-            table = self._kv.table(request_id)
+            if self._drop(request, at_most=short, tail_too=True) < short:
+                self._undroppable.add(request_id)
+            table = self._kv.tables[request_id]
             if table.num_absent == table.num_blocks:
                 del self._leftovers[request_id]
 
@@ -341,7 +359,7 @@ class MemoryPressure:
         # Few requests with many absent blocks make longer copies than many with few.
         members = sorted(
             self._population.batches[batch_id].values(),
-            key=lambda r: (-self._kv.table(r.request_id).num_absent, -r.request_id),
+            key=lambda r: (-self._kv.tables[r.request_id].num_absent, -r.request_id),
         )
         for request in members:
             short = min(wanted - self._kv.device.num_free, room)
@@ -351,7 +369,7 @@ class MemoryPressure:
 
     def _drop_own(self, request: RequestState) -> int:
         """The first row of a step may use the whole window, whatever the link can do: it has to run somehow."""
-        room = 0 if self._rows else self._kv.window.num_blocks - self._kv.table(request.request_id).num_absent
+        room = 0 if self._rows else self._kv.window.num_blocks - self._kv.tables[request.request_id].num_absent
         return self._drop(request, at_most=min(1, max(0, room)), tail_too=False)
 
     def _youngest_running(self, *, younger_than: RequestState) -> RequestState | None:

@@ -18,14 +18,16 @@ What memory is for whom is decided in `memory_pressure.py`; the books are `kv/ma
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from pipemax.config import KVOffload
 from pipemax.cost.forecast import Forecast
 from pipemax.cost.load import StepLoad
-from pipemax.kv.manager import KVManager, Placement
+from pipemax.kv.manager import KVManager
 from pipemax.kv.prefetch import PrefetchBudget
+from pipemax.kv.window import Placement
 from pipemax.plan import NO_BATCH, Capacity, NewRequest, Phase, StepPlan, StepResult
 from pipemax.request import FinishReason
 from pipemax.scheduling.balancer import Balancer
@@ -51,14 +53,10 @@ class SchedulerStats:
     blocks_refilled: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     request: RequestState
     num_new: int
-
-    @property
-    def samples(self) -> bool:
-        return self.num_new == self.request.num_pending
+    samples: bool  # whether it yields a token: with it, every token that exists has its KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +215,7 @@ class Scheduler:
         indptr, indices = self._block_tables(staged, kept)
         num_computed = np.array([row.request.num_computed for row in rows], dtype=np.int32)
         samples = np.array([row.samples for row in rows], dtype=np.bool_)
-        depends_on = max((row.request.last_sample_step for row in rows), default=-1)
+        depends_on = max([row.request.last_sample_step for row in rows], default=-1)
         phase = self._phase_of(rows)
         new_requests = self._announce(rows)
         finished_ids, self._finished_ids = tuple(self._finished_ids), []
@@ -277,7 +275,7 @@ class Scheduler:
         return Phase.DECODE if decode == len(rows) else Phase.MIXED if decode else Phase.PREFILL
 
     def _announce(self, rows: list[_Row]) -> tuple[NewRequest, ...]:
-        fresh = [row.request for row in rows if not row.request.announced]
+        fresh = [request for request, _, _ in rows if not request.announced]
         for request in fresh:
             request.announced = True
             self.stats.num_announced += 1
@@ -286,21 +284,22 @@ class Scheduler:
 
     def _advance(self, row: _Row) -> None:
         """The row is submitted: counts move on, full blocks go home, states change."""
-        request, samples = row.request, row.samples
+        request, num_new, samples = row
         prefill = request.status is Status.WAITING
         first_token = request.num_computed
-        request.num_computed += row.num_new
+        request.num_computed = num_computed = first_token + num_new
         if samples:
             request.num_outputs += 1
             request.last_sample_step = self._next_step
-        if request.exhausted:
-            # Nothing reads its KV again. Steps run in order, so its memory is free for the next ones right away.
-            self._memory.forget(request)
-            self._population.drain(request)
-            return
-        self.kv.write_home(
-            request.request_id, first_token=first_token, num_tokens=request.num_computed, partial_too=prefill
-        )
+            if request.num_outputs >= request.max_outputs:
+                # Nothing reads its KV again. Steps run in order, so its memory is free for the next ones right away.
+                self._memory.forget(request)
+                self._population.drain(request)
+                return
+        if prefill or not num_computed % self._capacity.block_size:  # else no block has become full
+            self.kv.write_home(
+                request.request_id, first_token=first_token, num_tokens=num_computed, partial_too=prefill
+            )
         if prefill and samples:
             self._population.make_ready(request)
 
@@ -374,14 +373,11 @@ class Scheduler:
         population, memory = self._population, self._memory
         batch = population.batches[batch_id]
         target = self._balancer.target_rows(num_ready=len(population.ready), num_running=population.num_running)
-        members = sorted(batch.values(), key=lambda request: request.request_id)
+        members = [batch[request_id] for request_id in sorted(batch)]
         for request in members[target:]:
             memory.leave(request)
         memory.make_device_room_for_rows(members[:target], batch_id=batch_id)
-        for request in members[:target]:
-            # It may have left meanwhile, for the sake of an older one.
-            if request.status is Status.RUNNING and memory.extend(request):
-                rows.append(_Row(request, 1))
+        rows += [_Row(request, 1, samples=True) for request in memory.extend_rows(members[:target])]
         if not memory.stalled:
             self._join_ready(rows, batch_id, target=target, keep_free=keep_free)
 
@@ -406,7 +402,7 @@ class Scheduler:
                 memory.board(request, keep_free=reserve)
                 break
             memory.join(request, batch_id)
-            rows.append(_Row(request, 1))
+            rows.append(_Row(request, 1, samples=True))
 
     def _add_prefill_rows(self, rows: list[_Row], *, within_seconds: float | None) -> None:
         """Chunks of waiting prompts, oldest first: all that a step may have, or what it has time for."""
@@ -425,7 +421,7 @@ class Scheduler:
             if num_new == 0:
                 break
             tokens_left -= num_new
-            rows.append(_Row(request, num_new))
+            rows.append(_Row(request, num_new, samples=num_new == request.num_pending))
             if num_new < request.num_pending:
                 break
             if load is not None:

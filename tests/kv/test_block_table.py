@@ -47,24 +47,43 @@ def absent_table(*, num_blocks: int, first_home: int) -> BlockTable:
 def test_window_keeps_what_is_there_for_the_same_batch():
     window = Window(device=BlockPool(3), num_blocks=3)
     one, two = absent_table(num_blocks=2, first_home=10), absent_table(num_blocks=1, first_home=20)
-    copies = window.assign([one])
-    assert (copies.slots.tolist(), copies.homes.tolist()) == ([0, 1], [10, 11])
-    copies = window.assign([one, two])
-    assert copies.homes.tolist() == [20] and one.placed_slots().tolist() == [0, 1]
-    assert two.placed_slots().tolist() == [2]
-    window.assign([two])
-    assert window.assign([one, two]).homes.tolist() == [10, 11]
+    placed = window.place([one])
+    assert placed.indices.tolist() == [0, 1]
+    assert (placed.refill.slots.tolist(), placed.refill.homes.tolist()) == ([0, 1], [10, 11])
+    placed = window.place([one, two])
+    assert (placed.refill.slots.tolist(), placed.refill.homes.tolist()) == ([2], [20])
+    assert (placed.indptr.tolist(), placed.indices.tolist()) == ([0, 2, 3], [0, 1, 2])
+    placed = window.place([two])
+    assert (placed.indices.tolist(), placed.refill.homes.tolist()) == ([2], [])
+    assert window.place([one, two]).refill.homes.tolist() == [10, 11]
     window.forget(one)
-    assert window.assign([one, two]).homes.tolist() == [10, 11]
+    assert window.place([one, two]).refill.homes.tolist() == [10, 11]
+
+
+def test_window_serves_absent_blocks_among_resident_ones():
+    window = Window(device=BlockPool(2), num_blocks=2)
+    table = BlockTable(block_size=4)
+    for block in range(4):
+        table.append(slot=50 + block, home=10 + block)
+    table.drop(1)
+    placed = window.place([table])
+    assert (placed.indices.tolist(), placed.refill.homes.tolist()) == ([50, 0, 52, 53], [11])
+    table.drop(3)
+    placed = window.place([table])
+    assert (placed.indices.tolist(), placed.refill.homes.tolist()) == ([50, 0, 52, 1], [13])
+    table.place(1, 60)
+    placed = window.place([table])
+    assert (placed.indices.tolist(), placed.refill.homes.tolist()) == ([50, 60, 52, 1], [])
+    assert window.place([]).indptr.tolist() == [0]
 
 
 def test_window_gives_back_only_what_the_staged_step_does_not_use():
     device = BlockPool(6)
     window = Window(device=device, num_blocks=4)
     table = absent_table(num_blocks=2, first_home=10)
-    window.assign([table])
+    window.place([table])
     window.resize(1)
     assert (window.num_blocks, device.num_free) == (2, 4)
     window.resize(9)
     assert (window.num_blocks, device.num_free) == (6, 0)
-    assert window.assign([table]).homes.tolist() == []
+    assert window.place([table]).refill.homes.tolist() == []
