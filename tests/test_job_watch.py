@@ -42,6 +42,7 @@ def watched() -> tuple[JobWatch, Any, list[str]]:
 
 def test_a_main_thread_that_does_nothing_is_told_once() -> None:
     watch, _, said = watched()
+    watch.progress()
     time.sleep(2 * STALL_SECONDS)  # rows are not under way yet
     assert said == []
     with watch.watch():
@@ -57,6 +58,7 @@ def test_time_in_an_executor_or_in_a_pause_does_not_count() -> None:
             engine.executor.submit(None)
             engine.executor.wait()
         with watch.pause():
+            watch.progress()
             time.sleep(2 * STALL_SECONDS)
         for _ in range(6):
             time.sleep(STALL_SECONDS / 3)

@@ -37,8 +37,9 @@ class Watchdog:
             self._quiet_since = None
 
     def progress(self) -> None:
-        """Something has got on. Inside `watch` only."""
-        self._quiet_since = time.monotonic()
+        """Something has got on. Outside `watch`, and in a pause, it changes nothing."""
+        if self._quiet_since is not None:
+            self._quiet_since = time.monotonic()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipemax.config import ConfigError, LoadFormat
 from pipemax.executor.base import ExecutorError
-from pipemax.executor.process import ProcessExecutor
+from pipemax.executor.process import ProcessExecutor, _StageGroup
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import StepPlan, StepResult
 from pipemax.worker import loader
+from pipemax.worker.stage_process import StageFailure
 from tests.executor.plans import Row, make_plan, new_request
 
 BLOCK_SIZE = 4
@@ -272,6 +274,22 @@ def test_the_stage_that_failed_is_told_from_those_whose_links_broke(model_dir: P
     with pytest.raises(ExecutorError, match=r"^stage 2 failed: ") as caught:
         executor.wait()
     assert "memory" in caught.value.details
+
+
+def test_an_echo_is_not_taken_for_the_cause() -> None:
+    """Links break at the moment a stage fails, and what the others say of that may be heard first."""
+    group = _StageGroup([], stall_seconds=60)
+    group._stages = [SimpleNamespace(index=index) for index in range(3)]  # type: ignore[misc]
+    for index in (0, 1):
+        group._failures[index] = StageFailure("LinkError: gone", "", config_error=False, is_echo=True)
+        group._exit_codes[index] = 1
+    assert group._cause() is None
+    group._failures[2] = StageFailure("CopyError: no such page", "", config_error=False, is_echo=False)
+    assert str(group._cause()) == "stage 2 failed: CopyError: no such page"
+    del group._failures[2]
+    group._exit_codes[2] = -signal.SIGSEGV
+    assert str(group._cause()) == "stage 2 was killed by SIGSEGV"
+    group._watchdog.stop()
 
 
 def test_shutdown_twice_and_without_any_step(model_dir: Path, no_stage_left: None) -> None:

@@ -16,6 +16,7 @@ from pipemax.executor.base import ExecutorError
 from pipemax.executor.exit_reason import describe_exit, memory_kills
 from pipemax.executor.stacks import process_state
 from pipemax.executor.watchdog import Watchdog
+from pipemax.worker.pulse import StageBeat
 from tests.executor.plans import Row, make_plan, new_request
 from tests.executor.test_process import (  # noqa: F401  (fixtures)
     alive,
@@ -92,6 +93,23 @@ def test_slow_stages_are_left_alone(model_dir: Path, no_stage_left: None) -> Non
     executor.submit(make_plan(4, []))
     assert executor.wait()[0].step_id == 4
     executor.shutdown()
+
+
+def test_layers_of_one_long_step_are_progress_and_idle_beats_are_not() -> None:
+    group = process_module._StageGroup([], stall_seconds=60)
+
+    def moves_on(beat: StageBeat) -> bool:
+        before = group._watchdog._quiet_since
+        time.sleep(0.001)
+        group._note_beat(0, beat)
+        return group._watchdog._quiet_since != before
+
+    with group._watchdog.watch():
+        assert moves_on(StageBeat(7, "at step 1"))
+        assert not moves_on(StageBeat(7, "at step 1"))
+        assert moves_on(StageBeat(8, "at step 1"))
+        assert not moves_on(StageBeat(8, "at step 1"))
+    group._watchdog.stop()
 
 
 def test_a_stage_that_stops_while_it_loads(
