@@ -92,6 +92,10 @@ def answer_settings(config: EngineConfig, sampling_defaults: Mapping[str, Any] |
             "max_model_len": config.max_model_len,
             "sampling_defaults": defaults_text(sampling_defaults or {}),
         }
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{error.filename}: {error.strerror}; models are not downloaded: give a folder or a .gguf file"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}") from None
 

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,11 +62,25 @@ def test_version(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("pipemax 0.")
 
 
+EXECUTOR = object()
+
+
+def stand_in(started):
+    """For `LLM`: notes its settings."""
+
+    def start(**settings):
+        started.append(settings)
+        return SimpleNamespace(engine=SimpleNamespace(executor=EXECUTOR))
+
+    return start
+
+
 def test_every_setting_reaches_the_engine_with_the_default_of_the_config(job, monkeypatch, tmp_path):
     started = []
-    monkeypatch.setattr("pipemax.llm.LLM", lambda **settings: started.append(settings))
+    monkeypatch.setattr("pipemax.llm.LLM", stand_in(started))
     _, seen = job()
-    seen["start_engine"]()
+    llm = seen["start_engine"]()
+    assert llm.engine.executor is not EXECUTOR, "the job does not watch its engine"
     defaults = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
     assert len(started) == 1 and {"pipeline_parallel_size", "block_size", "seed"} < set(started[0])
     assert started == [{name: defaults[name] for name in started[0]} | {"model": str(tmp_path / "model")}]
@@ -73,7 +88,7 @@ def test_every_setting_reaches_the_engine_with_the_default_of_the_config(job, mo
 
 def test_flags_change_settings(job, monkeypatch):
     started = []
-    monkeypatch.setattr("pipemax.llm.LLM", lambda **settings: started.append(settings))
+    monkeypatch.setattr("pipemax.llm.LLM", stand_in(started))
     flags = (
         "-pp 2 --num-window-blocks 3 --host-memory-gib 1.5 --no-async-scheduling --load-format dummy --dtype float32"
     )
@@ -162,4 +177,5 @@ def test_a_model_that_is_not_there(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "run-batch", "--quiet", *files) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pipemax: error: ") and str(tmp_path / "none") in line
+    assert "models are not downloaded" in line
     assert not (tmp_path / "out.jsonl").exists()

@@ -130,10 +130,16 @@ def test_a_stage_that_stops_while_it_loads(
         start(model_dir, stall_seconds=STALL_SECONDS)
 
 
-def test_stages_do_not_heed_a_sigterm_that_was_meant_for_all(model_dir: Path, no_stage_left: None) -> None:  # noqa: F811
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stages_do_not_heed_a_signal_that_was_meant_for_all(
+    number: signal.Signals,
+    model_dir: Path,  # noqa: F811
+    no_stage_left: None,  # noqa: F811
+) -> None:
+    """A batch system's SIGTERM, a terminal's Ctrl-C: rows in flight are to finish."""
     executor = start(model_dir)
     for process in stage_processes():
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, number)
     run_one_step(executor)
     executor.shutdown()
 
