@@ -210,8 +210,10 @@ def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ready = folder / f"ready{repeat}"
         ready.mkdir()
         ray_job(folder / "in", folder / f"out{repeat}", ready, args, num_actors=1)
-        seconds["ray"].append(time.time() - float(next(ready.iterdir()).read_text()))
-        assert sorted(row["id"] for row in read_output(folder / f"out{repeat}")) == sorted(row["id"] for row in table)
+        target = folder / f"out{repeat}"
+        last_write = max(file.stat().st_mtime for file in target.glob("*.parquet"))
+        seconds["ray"].append(last_write - float(next(ready.iterdir()).read_text()))
+        assert sorted(row["id"] for row in read_output(target)) == sorted(row["id"] for row in table)
         print(f"run-batch {seconds['run_batch'][-1]:.2f} s, Ray {seconds['ray'][-1]:.2f} s", file=sys.stderr)
     best = {name: min(values) for name, values in seconds.items()}
     return {

@@ -30,7 +30,7 @@ Row = dict[str, Any]
 RowFunction = Callable[[Row], Row]
 # Rows on their way to an actor, as a multiple of those in its batches: a stream keeps twice as many queued, and of the
 # rest some are waiting for the last row of their batch.
-_ROWS_AHEAD = 4
+_ROWS_AHEAD = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
@@ -20,7 +24,8 @@ from pipemax.request import SamplingParams  # noqa: E402
 from tests.executor.test_process import alive, descendants  # noqa: E402
 from tests.faults.small_job import ENGINE, save_model  # noqa: E402
 
-NUM_ROWS = 500
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_data.py"
+NUM_ROWS = 300
 REAL = {**ENGINE, "pipeline_parallel_size": 1, "num_batches": 1, "num_window_blocks": 0, "seed": 3}
 PARAMS = {"temperature": 0.9, "ignore_eos": True}
 
@@ -124,7 +129,7 @@ def test_batches_fill_the_pipeline_by_default():
             model_source="/models/x", engine_kwargs={"pipeline_parallel_size": 2, "max_num_seqs": 100}
         )
     )._map_batches_kwargs
-    assert kwargs["batch_size"] * 8 >= 4 * 2 * 100
+    assert kwargs["batch_size"] * 8 >= 8 * 2 * 100
 
 
 @pytest.mark.parametrize(
@@ -142,3 +147,21 @@ def test_batches_fill_the_pipeline_by_default():
 def test_settings_that_cannot_work_are_said_at_once(settings, message):
     with pytest.raises(ConfigError, match=message):
         build_processor(PipeMaxEngineProcessorConfig(model_source="/models/x", **settings))
+
+
+def test_the_example(cluster, model, tmp_path, monkeypatch):
+    """A row that is written when the job is begun anew is not run again."""
+    table = pa.table({"id": [f"row-{n}" for n in range(40)], "prompt": [f"fox {n}" for n in range(40)]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    checkpoint = tmp_path / "out.checkpoint"
+    checkpoint.mkdir()
+    pq.write_table(pa.table({"id": [f"row-{n}" for n in range(15)]}), checkpoint / "0.parquet")
+    arguments = [model, tmp_path / "in.parquet", tmp_path / "out", "--device", "cpu", "--host-memory-gib", 0.05]
+    monkeypatch.setattr(sys, "argv", ["ray_data.py", *map(str, arguments)])
+    try:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    finally:
+        ray.data.DataContext.get_current().checkpoint_config = None
+    rows = [row for file in (tmp_path / "out").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert sorted(row["id"] for row in rows) == sorted(f"row-{n}" for n in range(15, 40))
+    assert all(row["ended_by"] in ("stop", "length") and row["__inference_error__"] == "" for row in rows)
