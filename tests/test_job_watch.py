@@ -143,9 +143,12 @@ def test_a_job_whose_write_hangs_ends_and_goes_on_with_the_same_command(tmp_path
         (tmp_path / "stderr").open("w") as stderr,
         subprocess.Popen([sys.executable, "-c", HANGING, *arguments], stderr=stderr) as job,
     ):
+        deadline = time.monotonic() + 75
         while job.poll() is None:
             family |= set(descendants(job.pid))
             time.sleep(0.05)
+            if time.monotonic() > deadline:
+                job.kill()
     text = (tmp_path / "stderr").read_text()
     assert job.returncode == 3, text
     assert text.splitlines()[-1].startswith("pipemax: error: the job hangs: its main thread got nothing done for 2 s")
