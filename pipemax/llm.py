@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,19 +22,19 @@ import numpy as np
 from pipemax.config import ConfigError, EngineConfig
 from pipemax.control_plane import build_scheduler
 from pipemax.cost.forecast import Forecast
-from pipemax.cost.load import even_stages
+from pipemax.cost.load import stages_of
 from pipemax.cost.table import best_cost_model
 from pipemax.engine import Engine, EngineUpdate
 from pipemax.engine_stats import EngineStats
 from pipemax.executor.process import ProcessExecutor
-from pipemax.executor.sizing import GIB, free_host_bytes
-from pipemax.local_hardware import local_server
+from pipemax.local_hardware import this_server
 from pipemax.model_spec import ModelSpec
 from pipemax.observer import EngineObserver
 from pipemax.output_processor import OutputProcessor
 from pipemax.plan import Capacity, Phase
 from pipemax.request import FinishReason, GenerationError, RequestError, RequestOutput, SamplingParams
 from pipemax.scheduling.request_state import RequestState
+from pipemax.stage_layers import choose_layers
 from pipemax.text_generator import GenerationRequest, Message, TextGenerator
 from pipemax.tokenization import Tokenizer
 from pipemax.worker.gguf import cached_gguf_folder
@@ -88,6 +89,16 @@ class LLM(TextGenerator):
             threads_per_stage=config.threads_per_stage,
             stall_seconds=config.stall_seconds,
             cuda=config.cuda_options,
+            choose_layers=partial(
+                choose_layers,
+                spec,
+                num_stages=config.pipeline_parallel_size,
+                num_batches=num_batches,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                block_size=config.block_size,
+                kv_offload=config.kv_offload,
+            ),
         )
         capacity = self._executor.capacity
         scheduler = build_scheduler(
@@ -98,7 +109,7 @@ class LLM(TextGenerator):
             async_scheduling=config.async_scheduling,
             phase_policy=config.phase_policy,
             kv_offload=config.kv_offload,
-            forecast=self._forecast(spec, capacity),
+            forecast=self._forecast(spec),
         )
         # A request that is longer than either pool could never run, whatever the model allows.
         self.max_model_len = min(model_len, scheduler.max_blocks_per_request * capacity.block_size)
@@ -214,16 +225,15 @@ class LLM(TextGenerator):
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 
-    def _forecast(self, spec: ModelSpec, capacity: Capacity) -> Forecast:
+    def _forecast(self, spec: ModelSpec) -> Forecast:
         """Where estimates start; steps correct them."""
-        server = local_server(
-            self._executor.device, num_stages=capacity.num_stages, host_memory_gib=free_host_bytes() / GIB
-        )
+        layers = self._executor.stage_layers
+        server = this_server(self._executor.device, num_stages=len(layers))
         return Forecast(
             cost=best_cost_model(model=spec, gpu=server.gpu),
-            stages=even_stages(spec.num_layers, capacity.num_stages),
+            stages=stages_of(layers),
             link=server.host_link,
-            block_bytes=capacity.block_bytes,
+            block_bytes=self._executor.capacity.block_bytes,
         )
 
     @staticmethod

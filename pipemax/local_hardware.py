@@ -10,6 +10,7 @@ from __future__ import annotations
 from pipemax.cost.hardware import HardwareProfile, HostLink, PeerLink, ServerProfile, StageLink
 from pipemax.cost.profiles import gpu_names, server_profile
 from pipemax.doctor.gpus import read_gpus
+from pipemax.executor.sizing import GIB, free_host_bytes
 
 # The driver's name holds all words of the profile's, whatever stands between; the first that fits counts.
 _GPU_WORDS: tuple[tuple[str, str], ...] = (
@@ -34,6 +35,11 @@ def local_server(device: str, *, num_stages: int, host_memory_gib: float) -> Ser
         return _cpu_server(num_stages, host_memory_gib)
     gpus = read_gpus().gpus
     return server_profile(profile_name(gpus[0].name if gpus else ""), num_stages, host_memory_gib=host_memory_gib)
+
+
+def this_server(device: str, *, num_stages: int) -> ServerProfile:
+    """As above, with the host memory that is free now."""
+    return local_server(device, num_stages=num_stages, host_memory_gib=free_host_bytes() / GIB)
 
 
 def profile_name(driver_name: str) -> str:

@@ -6,7 +6,9 @@ and what implements it) or bytes (`weights.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,13 +41,16 @@ def even_stages(num_layers: int, num_stages: int) -> tuple[StageShape, ...]:
     """
     assert 1 <= num_stages <= num_layers
     base, longer = divmod(num_layers, num_stages)
-    stages = []
-    first = 0
-    for index in range(num_stages):
-        after = first + base + (index < longer)
-        stages.append(StageShape(range(first, after), has_embedding=index == 0, has_head=index == num_stages - 1))
-        first = after
-    return tuple(stages)
+    ends = [index * base + min(index, longer) for index in range(num_stages + 1)]
+    return stages_of([range(first, after) for first, after in pairwise(ends)])
+
+
+def stages_of(layers: Sequence[range]) -> tuple[StageShape, ...]:
+    """Stages with these layers: the first embeds, the last has the head."""
+    last = len(layers) - 1
+    return tuple(
+        StageShape(of_stage, has_embedding=index == 0, has_head=index == last) for index, of_stage in enumerate(layers)
+    )
 
 
 @dataclass(frozen=True, slots=True)

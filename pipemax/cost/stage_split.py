@@ -18,7 +18,7 @@ from itertools import accumulate
 
 from pipemax.config import ConfigError
 from pipemax.cost.hardware import HostLink
-from pipemax.cost.load import StageShape, even_stages
+from pipemax.cost.load import StageShape, even_stages, stages_of
 from pipemax.cost.memory import stage_blocks
 from pipemax.cost.model import CostModel
 from pipemax.cost.steady_state import KVSpace, SteadyState
@@ -100,10 +100,7 @@ def _candidates(num_layers: int, num_stages: int) -> Iterator[tuple[StageShape, 
                 continue
             sizes = [first, *(len(stage.layers) for stage in _between(between, num_stages - 2)), last]
             ends = list(accumulate(sizes))
-            yield tuple(
-                StageShape(range(end - size, end), has_embedding=index == 0, has_head=index == num_stages - 1)
-                for index, (end, size) in enumerate(zip(ends, sizes, strict=True))
-            )
+            yield stages_of([range(end - size, end) for end, size in zip(ends, sizes, strict=True)])
 
 
 def _between(num_layers: int, num_stages: int) -> tuple[StageShape, ...]:

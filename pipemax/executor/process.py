@@ -24,7 +24,7 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from multiprocessing.connection import Connection
@@ -265,8 +265,17 @@ class _SubmittedStep:
 class ProcessExecutor:
     """Executor over stage processes on this machine. Make one with `start`."""
 
-    def __init__(self, *, stages: _StageGroup, capacity: Capacity, vocab_size: int, device: str) -> None:
+    def __init__(
+        self,
+        *,
+        stages: _StageGroup,
+        stage_layers: Sequence[range],
+        capacity: Capacity,
+        vocab_size: int,
+        device: str,
+    ) -> None:
         self._stages = stages
+        self._stage_layers = tuple(stage_layers)
         self._capacity = capacity
         self._vocab_size = vocab_size
         self._device = device
@@ -297,8 +306,12 @@ class ProcessExecutor:
         threads_per_stage: int | None = None,
         stall_seconds: float = DEFAULT_STALL_SECONDS,
         cuda: CudaOptions | None = None,
+        choose_layers: Callable[[str], Sequence[range]] | None = None,
     ) -> ProcessExecutor:
         """Starts and loads all stages; parameters are named and meant as in `EngineConfig`. `spec` is the model's.
+
+        `choose_layers` is given the kind of device ("cpu", "cuda") and gives each stage's layers; without it they are
+        as even as can be.
 
         With `max_model_len` None the model's own length counts, cut to what memory holds (`capacity` tells).
 
@@ -315,8 +328,8 @@ class ProcessExecutor:
         cuda = cuda or CudaOptions()
         model_len = max_model_len or spec.max_position_embeddings
         device = resolve_device(device, num_stages=num_stages, stage_devices=cuda.stage_devices)
-        layers_of = split_layers(spec.num_layers, num_stages)
         check_checkpoint(model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=model_len)
+        layers_of = split_layers(spec.num_layers, num_stages) if choose_layers is None else choose_layers(device)
         # Mode 0700; gone when all are connected. It lies where the fork server removes it if this process is killed.
         with tempfile.TemporaryDirectory(prefix="pipemax-", dir=multiprocessing.util.get_temp_dir()) as private_dir:
             stages = _StageGroup(
@@ -366,11 +379,22 @@ class ProcessExecutor:
             except BaseException:
                 stages.end()
                 raise
-        return cls(stages=stages, capacity=capacity, vocab_size=spec.vocab_size, device=device)
+        return cls(
+            stages=stages,
+            stage_layers=layers_of,
+            capacity=capacity,
+            vocab_size=spec.vocab_size,
+            device=device,
+        )
 
     @property
     def capacity(self) -> Capacity:
         return self._capacity
+
+    @property
+    def stage_layers(self) -> tuple[range, ...]:
+        """The model's layers that each stage holds."""
+        return self._stage_layers
 
     @property
     def device(self) -> str:
