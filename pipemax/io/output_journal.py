@@ -37,6 +37,7 @@ class OutputJournal:
         self._descriptor: int | None = None
         self._end_bytes = 0
         self._lock = threading.Lock()
+        self._syncing = threading.Lock()
         self._unsynced = False
         self._sync_error: OSError | None = None
         self._closing = threading.Event()
@@ -137,17 +138,18 @@ class OutputJournal:
             self._sync()
 
     def _sync(self) -> None:
-        with self._lock:
-            if not self._unsynced:
-                return
-            self._unsynced = False
-            descriptor = self._descriptor
-        assert descriptor is not None
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
+        with self._syncing:  # who finds nothing to do has waited for the sync that did it
             with self._lock:
-                self._sync_error = error
+                if not self._unsynced:
+                    return
+                self._unsynced = False
+                descriptor = self._descriptor
+            assert descriptor is not None
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                with self._lock:
+                    self._sync_error = error
 
     def _raise_sync_error(self) -> None:
         if self._sync_error is not None:
