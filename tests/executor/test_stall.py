@@ -28,7 +28,7 @@ from tests.executor.test_process import (  # noqa: F401  (fixtures)
     start,
 )
 
-STALL_SECONDS = 1.0
+STALL_SECONDS = 2.0  # long enough for a loaded machine to give every stage a turn
 
 
 def test_a_stopped_stage_is_noticed_and_explained(model_dir: Path, no_stage_left: None) -> None:  # noqa: F811
@@ -38,9 +38,9 @@ def test_a_stopped_stage_is_noticed_and_explained(model_dir: Path, no_stage_left
     os.kill(stage_process(1).pid, signal.SIGSTOP)
     began = time.monotonic()
     executor.submit(make_plan(1, [Row(0, 3, 1, [0])]))
-    with pytest.raises(ExecutorError, match=r"nothing got on for 1 s \(stage 0 .*; stage 1 .*stopped") as raised:
+    with pytest.raises(ExecutorError, match=r"nothing got on for 2 s \(stage 0 .*; stage 1 .*stopped") as raised:
         executor.wait()
-    assert STALL_SECONDS < time.monotonic() - began < 10
+    assert STALL_SECONDS < time.monotonic() - began < 20
     assert not any(process.is_alive() for process in processes)
     # Stage 0 says where each of its threads is; stage 1, which is stopped, says nothing; and so does this process.
     stage_0, stage_1, control_plane = raised.value.details.split("--- ")[1:]
@@ -63,7 +63,7 @@ def test_a_stage_that_no_longer_reads_its_pipe_blocks_nobody(model_dir: Path, no
         for plan in plans:
             executor.submit(plan)
 
-    with pytest.raises(ExecutorError, match="nothing got on for 1 s"):
+    with pytest.raises(ExecutorError, match="nothing got on for 2 s"):
         submit_all()
 
 
@@ -86,7 +86,7 @@ def test_slow_stages_are_left_alone(model_dir: Path, no_stage_left: None) -> Non
     executor = start(model_dir, stall_seconds=STALL_SECONDS)
     run_one_step(executor)
     for step in range(1, 4):
-        time.sleep(0.7)
+        time.sleep(0.7 * STALL_SECONDS)
         executor.submit(make_plan(step, [Row(0, 2 + step, 1, list(range(1 + (2 + step) // 4)))]))
         executor.wait()
     time.sleep(2 * STALL_SECONDS)
