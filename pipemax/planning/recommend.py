@@ -6,8 +6,10 @@ fewer replicas).
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipemax.config import ConfigError, KVOffload, PhasePolicyName
 from pipemax.cost.hardware import GIB, ServerProfile
@@ -38,11 +40,12 @@ def recommend(
     outcomes: Sequence[LayoutResult | LayoutRefusal],
     *,
     model: ModelSpec,
+    model_dir: Path,
     server: ServerProfile,
     job: Job,
     settings: JobSettings,
 ) -> Recommendation:
-    """Raises ConfigError that says what would fit when no layout does."""
+    """`model_dir` is what the command should name. Raises ConfigError that says what would fit when no layout does."""
     results = [outcome for outcome in outcomes if isinstance(outcome, LayoutResult)]
     if not results:
         reasons = [outcome.reason for outcome in outcomes if isinstance(outcome, LayoutRefusal)]
@@ -54,7 +57,7 @@ def recommend(
         best=best,
         reasons=tuple(_reasons(best, results)),
         gains=_limits(best, model=model, server=server, job=job, settings=settings),
-        command=_command(best, model=model, settings=settings),
+        command=_command(best, model_dir=model_dir, settings=settings),
     )
 
 
@@ -119,12 +122,12 @@ def _limits(
     )
 
 
-def _command(best: LayoutResult, *, model: ModelSpec, settings: JobSettings) -> str | None:
+def _command(best: LayoutResult, *, model_dir: Path, settings: JobSettings) -> str | None:
     layout = best.layout
     if not isinstance(layout, PipelineLayout):
         return None
     flags = [
-        f"--model {model.name}",
+        f"--model {shlex.quote(str(model_dir))}",
         f"--pipeline-parallel-size {layout.num_stages}",
         *([f"--data-parallel-size {layout.num_replicas}"] if layout.num_replicas > 1 else []),
         f"--phase-policy {layout.phase_policy}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pipemax.config import ConfigError, EngineConfig, KVOffload, PhasePolicyName
@@ -15,6 +17,7 @@ from pipemax.planning.recommend import recommend
 from tests.cost.models import LLAMA_70B
 from tests.planning.models import MODEL, server, settings, workload
 
+FOLDER = Path("models/Small-2B")
 JOB = Job.of(workload(100), max_requests=100)
 ON = PipelineLayout(1, 2, KVOffload.ON, PhasePolicyName.AUTO)
 OFF = PipelineLayout(1, 2, KVOffload.OFF, PhasePolicyName.AUTO)
@@ -36,7 +39,7 @@ def result(layout: Layout, tokens_per_second: float) -> LayoutResult:
 
 
 def choose(*outcomes: LayoutResult | LayoutRefusal):
-    return recommend(outcomes, model=MODEL, server=server(), job=JOB, settings=JobSettings())
+    return recommend(outcomes, model=MODEL, model_dir=FOLDER, server=server(), job=JOB, settings=JobSettings())
 
 
 def test_the_fastest_wins_and_is_held_against_the_others():
@@ -62,13 +65,17 @@ def test_the_command_has_flags_that_engines_know():
     assert command is not None
     flags = [word.removeprefix("--").replace("-", "_") for word in command.split() if word.startswith("--")]
     assert set(flags) <= set(EngineConfig.__dataclass_fields__)
-    assert "--host-memory-gib 3" in command and "--pipeline-parallel-size 2" in command
+    assert (
+        f"--model {FOLDER} " in command and "--host-memory-gib 3" in command and "--pipeline-parallel-size 2" in command
+    )
 
 
 def test_the_command_names_replicas_and_the_memory_of_them_all():
     two = PipelineLayout(2, 2, KVOffload.ON, PhasePolicyName.AUTO)
     four_gpus = server(4)
-    command = recommend([result(two, 150)], model=MODEL, server=four_gpus, job=JOB, settings=JobSettings()).command
+    command = recommend(
+        [result(two, 150)], model=MODEL, model_dir=FOLDER, server=four_gpus, job=JOB, settings=JobSettings()
+    ).command
     assert command is not None
     assert "--pipeline-parallel-size 2 --data-parallel-size 2 " in command and "--host-memory-gib 3" in command
     alone = choose(result(ON, 100)).command
@@ -78,7 +85,14 @@ def test_the_command_names_replicas_and_the_memory_of_them_all():
 def test_what_would_fit_is_said_where_nothing_does():
     refusal = LayoutRefusal(ON, "Llama-3.1-70B does not fit 4 x rtx-4090; use more GPUs")
     with pytest.raises(ConfigError) as caught:
-        recommend([refusal], model=LLAMA_70B, server=server_profile("rtx-4090", 4), job=JOB, settings=JobSettings())
+        recommend(
+            [refusal],
+            model=LLAMA_70B,
+            model_dir=FOLDER,
+            server=server_profile("rtx-4090", 4),
+            job=JOB,
+            settings=JobSettings(),
+        )
     message = str(caught.value)
     assert message.startswith("Llama-3.1-70B does not fit 4 x rtx-4090; what would fit: 7 x rtx-4090, ")
     assert "4 x l20" in message and "4 x rtx-3090" not in message
