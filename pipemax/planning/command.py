@@ -95,12 +95,13 @@ def _plan(
     model = ModelSpec.from_pretrained(model_dir)
     settings = JobSettings(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
     layouts = candidate_layouts(server.gpu, num_gpus)
-    print(
-        f"pipemax: simulating {len(job.sample):,} of {job.total_requests:,} requests on {len(layouts)} layouts of "
-        f"{num_gpus} x {server.gpu.name}; a minute or two",
-        file=sys.stderr,
-        flush=True,
-    )
+    if sys.stderr.isatty():
+        print(
+            f"pipemax: simulating {len(job.sample):,} of {job.total_requests:,} requests on {len(layouts)} layouts of "
+            f"{num_gpus} x {server.gpu.name}; a minute or two",
+            file=sys.stderr,
+            flush=True,
+        )
     outcomes = compare_layouts(layouts=layouts, model=model, server=server, job=job, settings=settings)
     recommendation = recommend(outcomes, model=model, model_dir=model_dir, server=server, job=job, settings=settings)
     if json_file is not None:

@@ -75,7 +75,7 @@ def test_a_slower_machine_takes_longer_by_that_much():
 
 
 def test_learning_from_steps_avoids_waits_for_a_link_that_is_slower_than_believed():
-    wrong = Misestimate(link_factor=0.4)
+    wrong = Misestimate(link_factor=0.2)
     learning, stubborn = (simulate(300, misestimate=wrong, correct_estimates=learn) for learn in (True, False))
     assert max(learning.window_wait) < 0.5 * max(stubborn.window_wait)
     assert learning.output_tokens_per_second > stubborn.output_tokens_per_second
