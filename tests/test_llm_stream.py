@@ -16,14 +16,21 @@ def test_giving_up_the_queue_leaves_the_members_of_batches(tmp_path: Path) -> No
     llm = LLM(save_model(tmp_path / "model"), **ENGINE)
     try:
         population = llm._engine.scheduler.population
-        stream = llm.stream(
-            GenerationRequest(request_id=str(n), prompt=f"fox {n}", sampling_params=params) for n in range(120)
-        )
+        given_up = False
+
+        def requests() -> Iterator[GenerationRequest]:
+            for number in range(120):
+                if given_up:
+                    return
+                yield GenerationRequest(request_id=str(number), prompt=f"fox {number}", sampling_params=params)
+
+        stream = llm.stream(requests())
         before = [next(stream)]
         while len(population.ready) < 20:
             before.append(next(stream))
         live, in_batches = len(population.requests), population.num_running
         assert live > in_batches + 20
+        given_up = True
         llm.drop_queued()
         after = list(stream)
         assert len(after) <= in_batches + len(population.batches) * ENGINE["max_num_seqs"]
