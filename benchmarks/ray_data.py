@@ -252,14 +252,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("json", "what")}
     with tempfile.TemporaryDirectory(prefix="pipemax-ray-") as name:
         folder = Path(name)
         if args.model is None:
             args.model = folder / "model"
             save_tiny_model(args.model)
-        args.model = args.model.resolve()
+        args.model = args.model.resolve()  # Ray's workers run elsewhere
         report = {"kill": kill, "throughput": throughput}[args.what](args, folder)
-    report["settings"] = {key: str(value) for key, value in vars(args).items() if key not in ("json", "what")}
+    report["settings"] = settings
     report["cores"] = len(os.sched_getaffinity(0))
     report["python"] = platform.python_version()
     text = json.dumps(report, indent=2) + "\n"
