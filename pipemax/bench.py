@@ -32,7 +32,7 @@ from pipemax.report.html_report import JobOutcome
 from pipemax.report.job_record import JobRecord, RecordWishes
 from pipemax.request import SamplingParams
 from pipemax.scheduling.request_state import RequestState, RequestUpdate
-from pipemax.target_file import check_target_file, is_same_file
+from pipemax.target import check_target, is_same_file
 
 _WARM_UP_REQUESTS = 8
 _WARM_UP_TOKENS = 8
@@ -215,7 +215,7 @@ def _check_targets(dataset: Path, targets: Mapping[str, Path | None]) -> None:
     for flag, path in targets.items():
         if path is None:
             continue
-        check_target_file(flag, path)
+        check_target(flag, path)
         for other_flag, other in taken.items():
             if is_same_file(path, other):
                 raise ConfigError(f"{flag} {path} is the file of {other_flag}: choose another")

@@ -14,7 +14,7 @@ from pipemax.cli import main
 from pipemax.config import ConfigError
 from pipemax.observer import EngineGauges
 from pipemax.plan import Phase, StageTiming, StepResult
-from pipemax.target_file import check_target_file
+from pipemax.target import check_target
 from tests.executor.plans import Row, make_plan
 from tests.worker.families import save_model
 
@@ -104,7 +104,7 @@ def test_files_that_could_not_be_written_at_the_end_are_refused_at_the_start(
 def test_without_permission_nothing_is_begun(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path.resolve())
     with pytest.raises(ConfigError, match="no permission to write in"):
-        check_target_file("--trace", tmp_path / "trace.json")
+        check_target("--trace", tmp_path / "trace.json")
 
 
 def logged(steps: list[tuple[int, int, float]]) -> StepLog:

@@ -24,6 +24,7 @@ from pipemax.io.file_format import Compression, FileFormat, FileKind
 from pipemax.io.job_input import JobInput
 from pipemax.io.job_manifest import manifest_path
 from pipemax.io.result_columns import clashing_column
+from pipemax.target import TargetKind, check_target, is_same_file
 
 if TYPE_CHECKING:
     from pipemax.report.job_record import RecordWishes
@@ -81,9 +82,10 @@ class BatchFiles:
         output_file = output_file if output_file.name else output_file.resolve()
         input_kind = FileKind.of(input_file, flag="--input-file")
         kind = FileKind.of(output_file, flag="--output-file")
-        _check_target("--output-file", output_file, kind)
+        is_dataset = kind.format is FileFormat.DATASET
+        check_target("--output-file", output_file, TargetKind.FOLDER if is_dataset else TargetKind.FILE)
         if error_file is not None:
-            _check_target("--error-file", error_file, FileKind(FileFormat.JSON_LINES))
+            check_target("--error-file", error_file)
         job_input = JobInput.open(input_file, input_kind, prompt_column=prompt_column)
         if job_input.is_table or kind.format is not FileFormat.JSON_LINES:
             files = cls._of_table(job_input, output_file, kind, error_file, result_prefix)
@@ -156,11 +158,11 @@ class BatchFiles:
         """
         for flag, path in (("--trace", wishes.trace), ("--report", wishes.report)):
             if path is not None:
-                _check_target(flag, path, FileKind(FileFormat.JSON_LINES))
+                check_target(flag, path)
                 for own in self.own:
-                    if _same_file(path, own):
+                    if is_same_file(path, own):
                         raise ConfigError(f"{flag} {path} is a file of the job itself: choose another")
-        if wishes.trace is not None and wishes.report is not None and _same_file(wishes.trace, wishes.report):
+        if wishes.trace is not None and wishes.report is not None and is_same_file(wishes.trace, wishes.report):
             raise ConfigError(f"--report {wishes.report} is the trace: choose another")
         if wishes.metrics is not None:
             wishes.metrics.check()
@@ -170,16 +172,16 @@ class BatchFiles:
         if self.error_file is not None:
             finals.append(("--error-file", self.error_file))
         for flag, path in finals:
-            if _same_file(path, self.input):
+            if is_same_file(path, self.input):
                 raise ConfigError(f"{flag} {path} is the input file: choose another")
-        if self.error_file is not None and _same_file(self.output, self.error_file):
+        if self.error_file is not None and is_same_file(self.output, self.error_file):
             raise ConfigError(f"--error-file {self.error_file} is the output file: choose another")
         given = [self.input, *(path for _, path in finals)]
         for path in given:
-            if _same_file(path, self.manifest):
+            if is_same_file(path, self.manifest):
                 raise ConfigError(f"{path} is where the job of {self.output} keeps its manifest: choose another name")
             for journal in (self.answers, self.errors):
-                if path != journal and _same_file(path, journal):
+                if path != journal and is_same_file(path, journal):
                     raise ConfigError(
                         f"{path} is where the job of {self.output} keeps what is done so far: choose another name"
                     )
@@ -217,32 +219,3 @@ def _check_readable(path: Path) -> None:
         raise ConfigError(f"--input-file {path} is not a regular file: give a file, or the folder of a dataset")
     if not os.access(path, os.R_OK):
         raise ConfigError(f"--input-file {path}: no permission to read it")
-
-
-def _check_target(flag: str, path: Path, kind: FileKind) -> None:
-    folder = path.resolve().parent
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise ConfigError(f"{flag} {path}: there is no folder {folder}") from None
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: {error.strerror}") from None
-    else:
-        wanted = stat.S_ISDIR if kind.format is FileFormat.DATASET else stat.S_ISREG
-        if not wanted(status.st_mode):
-            what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            fix = "a folder's name" if kind.format is FileFormat.DATASET else "a file's name"
-            raise ConfigError(f"{flag} {path} is {what}: give {fix}")
-        if not os.access(path, os.W_OK):
-            raise ConfigError(f"{flag} {path}: no permission to write it")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: no permission to write in {folder}")
-
-
-def _same_file(left: Path, right: Path) -> bool:
-    """Also through links of both kinds, and for files that are not there yet."""
-    try:
-        return left.samefile(right)
-    except OSError:
-        return left.resolve() == right.resolve()

@@ -1,7 +1,8 @@
-"""Whether a file can be written later, asked before hours of work. Never here: what is written, and by whom."""
+"""Whether a file or folder can be written later, asked before hours of work. Never here: what is written, by whom."""
 
 from __future__ import annotations
 
+import enum
 import os
 import stat
 from pathlib import Path
@@ -9,7 +10,12 @@ from pathlib import Path
 from pipemax.config import ConfigError
 
 
-def check_target_file(flag: str, path: Path) -> None:
+class TargetKind(enum.Enum):
+    FILE = "file"
+    FOLDER = "folder"
+
+
+def check_target(flag: str, path: Path, kind: TargetKind = TargetKind.FILE) -> None:
     """Raises ConfigError, with the flag and the path named, when `path` cannot be made or replaced. Touches nothing."""
     folder = path.resolve().parent
     try:
@@ -20,9 +26,10 @@ def check_target_file(flag: str, path: Path) -> None:
     except OSError as error:
         raise ConfigError(f"{flag} {path}: {error.strerror}") from None
     else:
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            raise ConfigError(f"{flag} {path} is {kind}: give a file's name")
+        wanted = stat.S_ISREG if kind is TargetKind.FILE else stat.S_ISDIR
+        if not wanted(mode):
+            what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            raise ConfigError(f"{flag} {path} is {what}: give a {kind.value}'s name")
         if not os.access(path, os.W_OK):
             raise ConfigError(f"{flag} {path}: no permission to write it")
     if not os.access(folder, os.W_OK | os.X_OK):
