@@ -124,13 +124,8 @@ def main() -> None:
         if arguments.variants is not None and name not in arguments.variants:
             continue
         started = time.monotonic()
-        gpu_stage.prepare(
-            model,
-            options,
-            max_model_len=arguments.keys + STEPS,
-            max_num_seqs=most_rows,
-            max_num_batched_tokens=most_rows,
-        )
+        gpu_stage.use_fast_paths(model, options, max_model_len=arguments.keys + STEPS, max_num_seqs=most_rows)
+        gpu_stage.run_largest_step(model, num_tokens=most_rows, num_rows=most_rows)
         decode_graphs = None
         if name == "decode graphs":
             decode_graphs = gpu_stage.capture_decode(

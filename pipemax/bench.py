@@ -179,6 +179,7 @@ def run_throughput(
         "total_tokens_per_second": (prompt_tokens + output_tokens) / wall_seconds,
         "steady_decode_tokens_per_second": log.steady_decode_tokens_per_second(),
         "load_seconds": load_seconds,
+        "start_up": llm.start_up,
         "phases": log.phases(),
         "stages": log.stages(wall_seconds),
         "blocks": {
@@ -311,6 +312,9 @@ def _print(report: Mapping[str, Any], stdout: TextIO) -> None:
             f"activation wait {entry['activation_wait_seconds']:.2f} s, idle {entry['idle_seconds']:.2f} s; "
             f"refill {entry['refill_bytes'] / 1e9:.2f} GB, home {entry['home_bytes'] / 1e9:.2f} GB"
         )
+    for stage, parts in enumerate(report["start_up"]):
+        costs = [f"{part['name']} {part['seconds']:.1f} s {part['device_bytes'] / 1024**3:+.2f} GiB" for part in parts]
+        lines.append(f"stage {stage} started: {', '.join(costs)}")
     blocks = report["blocks"]
     lines.append(
         f"KV blocks: {blocks['device']} on the device ({blocks['window']} window), {blocks['host']} at home; "

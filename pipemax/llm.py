@@ -9,9 +9,9 @@ scheduling, no tensors.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -189,6 +189,11 @@ class LLM(TextGenerator):
         )
 
     @property
+    def start_up(self) -> list[list[dict[str, Any]]]:
+        """By stage: name, seconds and device_bytes of each part of its start."""
+        return [[dataclasses.asdict(part) for part in parts] for parts in self._executor.start_up]
+
+    @property
     def engine(self) -> Engine:
         """The engine underneath, for those who measure or drive it themselves."""
         return self._engine
@@ -352,7 +357,7 @@ class LLM(TextGenerator):
         return output
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Live:
     request_id: str
     prompt: str | None

@@ -49,12 +49,15 @@ if TYPE_CHECKING:
     from pipemax.worker.pulse import StageBeat
     from pipemax.worker.stage_process import StageFailure, StageSettings
     from pipemax.worker.stage_worker import StageReport
+    from pipemax.worker.start_up import StartUpPart
 
 _PRELOAD = ["pipemax.worker.preload"]
 # Read when the OpenMP library is loaded. Its threads spin while they wait otherwise, and there are more runnable
 # threads than cores here: stages, copies, links, the control plane (measured on two busy cores, a step of a tiny model:
 # 4 ms with this, 13 to 100 ms without).
-_SERVER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+#
+# Of torch's own messages only errors: it warns of every NCCL group that it connects later than it could.
+_SERVER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 # When a stage dies, the others fail over broken links at the same moment; the cause may be told a little later.
 _DIAGNOSIS_SECONDS = 1.0
 _POLITE_SECONDS = 1.0
@@ -273,12 +276,14 @@ class ProcessExecutor:
         capacity: Capacity,
         vocab_size: int,
         device: str,
+        start_up: Sequence[tuple[StartUpPart, ...]],
     ) -> None:
         self._stages = stages
         self._stage_layers = tuple(stage_layers)
         self._capacity = capacity
         self._vocab_size = vocab_size
         self._device = device
+        self._start_up = tuple(start_up)
         self._submitted: deque[_SubmittedStep] = deque()
         self._finalizer = weakref.finalize(self, stages.end)
 
@@ -375,7 +380,7 @@ class ProcessExecutor:
                     free_host_bytes=free_host_bytes(),
                 )
                 stages.send(pickle.dumps(KVSize(capacity.num_device_blocks, capacity.num_host_blocks)))
-                stages.collect(StageReady)
+                ready = stages.collect(StageReady)
             except BaseException:
                 stages.end()
                 raise
@@ -385,6 +390,7 @@ class ProcessExecutor:
             capacity=capacity,
             vocab_size=spec.vocab_size,
             device=device,
+            start_up=[one.start_up for one in ready],
         )
 
     @property
@@ -395,6 +401,11 @@ class ProcessExecutor:
     def stage_layers(self) -> tuple[range, ...]:
         """The model's layers that each stage holds."""
         return self._stage_layers
+
+    @property
+    def start_up(self) -> tuple[tuple[StartUpPart, ...], ...]:
+        """What each stage did before it was ready, and what that cost."""
+        return self._start_up
 
     @property
     def device(self) -> str:

@@ -6,6 +6,7 @@ Nothing here waits for the GPU, but the readers of marks and stopwatches, which 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -125,6 +126,8 @@ class CudaDevice:
         """`copy_method` None: what the environment says (`block_copy.py`). Raises ConfigError."""
         self._torch_device = torch.device("cuda", index)
         self._copy_method = copy_method
+        # Streams share hardware queues, eight by default: one stream's wait then holds up another.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         torch.cuda.set_device(self._torch_device)
         self._clock = _CudaClock()
         self._homes: list[HostMemory] = []

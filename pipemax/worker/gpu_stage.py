@@ -8,8 +8,6 @@ is KV's, but for a margin. Never here: what the fast paths do (`llama_layers.py`
 
 from __future__ import annotations
 
-import logging
-import time
 from typing import Any
 
 import torch
@@ -30,8 +28,6 @@ from pipemax.worker.stage_model import StageModel
 _MARGIN_BYTES = 768 * 1024**2
 # Steps of more rows take longer than to issue them layer by layer, and attention outside graphs is a little faster.
 _MOST_CAPTURED_ROWS = 256
-
-_logger = logging.getLogger(__name__)
 
 
 def open_attention(model: StageModel, choice: AttentionChoice) -> AttentionBackend:
@@ -57,25 +53,11 @@ def open_attention(model: StageModel, choice: AttentionChoice) -> AttentionBacke
     )
 
 
-def prepare(
-    model: StageModel, options: CudaOptions, *, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int
-) -> None:
-    """Switches the fast paths on and runs one step of the largest size."""
-    started_seconds = time.monotonic()
-    num_graphs = 0
+def use_fast_paths(model: StageModel, options: CudaOptions, *, max_model_len: int, max_num_seqs: int) -> None:
+    """Switches on what the options and the model's family allow: own layers, and graphs of their pieces."""
     own_layers = options.fused_layers and model.use_own_layers(_layer_ops(model.dtype), max_model_len=max_model_len)
     if own_layers and options.cuda_graphs:
-        num_graphs = model.capture_pieces(max_tokens=max_num_seqs)
-    captured_seconds = time.monotonic()
-    _run_largest_step(model, num_tokens=max(max_num_seqs, max_num_batched_tokens), num_rows=max_num_seqs)
-    torch.cuda.synchronize(model.device)
-    _logger.info(
-        "stage %d: %d CUDA graphs in %.1f s, warm-up %.1f s",
-        model.stage.stage,
-        num_graphs,
-        captured_seconds - started_seconds,
-        time.monotonic() - captured_seconds,
-    )
+        model.capture_pieces(max_tokens=max_num_seqs)
 
 
 def capture_decode(
@@ -94,8 +76,7 @@ def capture_decode(
         return None
     if layers.common_attention is None or not backend.serves(layers.common_attention):
         return None
-    started_seconds = time.monotonic()
-    graphs = DecodeGraphs(
+    return DecodeGraphs(
         layers,
         stage=model.stage,
         backend=backend,
@@ -104,9 +85,6 @@ def capture_decode(
         block_size=block_size,
         max_rows=min(max_num_seqs, _MOST_CAPTURED_ROWS),
     )
-    seconds = time.monotonic() - started_seconds
-    _logger.info("stage %d: %d decode graphs in %.1f s", model.stage.stage, graphs.num_graphs, seconds)
-    return graphs
 
 
 def kv_bytes(device: torch.device, *, gpu_memory_utilization: float) -> int:
@@ -143,7 +121,8 @@ class _NoAttention:
 
 
 @torch.inference_mode()
-def _run_largest_step(model: StageModel, *, num_tokens: int, num_rows: int) -> None:
+def run_largest_step(model: StageModel, *, num_tokens: int, num_rows: int) -> None:
+    """Runs one step of that size, without attention, so that the allocator has what such a step needs."""
     nothing = _NoAttention()
     is_first = model.stage.is_first
     ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
@@ -157,3 +136,4 @@ def _run_largest_step(model: StageModel, *, num_tokens: int, num_rows: int) -> N
     if model.stage.is_last:
         logits_SV = model.logits(output_TH[:num_rows])
         logits_SV.max(dim=1)
+    torch.cuda.synchronize(model.device)

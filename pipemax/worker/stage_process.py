@@ -39,6 +39,7 @@ from pipemax.worker.kv_store import KVStore
 from pipemax.worker.pulse import Pulse, dump_stacks_on_signal
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.stage_worker import RunningStep, StageWorker
+from pipemax.worker.start_up import StartUp, StartUpPart
 from pipemax.worker.transport import LinkError, LinkMedium, StageLinks
 
 
@@ -53,6 +54,8 @@ class StageLoaded:
 @dataclass(frozen=True, slots=True)
 class StageReady:
     """The stage has its KV memory and waits for plans."""
+
+    start_up: tuple[StartUpPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +155,11 @@ def _fail(error: BaseException, reports: _Reports) -> NoReturn:
 
 
 def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _Reports, pulse: Pulse) -> None:
-    stage = settings.stage
-    pulse.loads("opening its device")
+    stage, start_up = settings.stage, StartUp(pulse)
+    start_up.begin("opening its device")
     device = open_device(settings.device, index=settings.cuda.device_of_stage(stage.stage))
-    pulse.loads("connecting to the other stages")
+    start_up.use_device(device.torch_device)
+    start_up.begin("connecting to the other stages")
     links = StageLinks(
         stage=stage.stage,
         num_stages=stage.num_stages,
@@ -163,7 +167,7 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
         device=device.torch_device,
         medium=_link_medium(settings),
     )
-    pulse.loads("loading weights")
+    start_up.begin("loading weights")
     model = StageModel.load(
         model_dir=settings.model_dir,
         stage=stage,
@@ -174,16 +178,15 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
         trust_remote_code=settings.trust_remote_code,
         max_model_len=settings.max_model_len,
     )
-    pulse.loads("preparing its device")
-    backend, free_device_bytes = _prepare(settings, model)
+    backend, free_device_bytes = _prepare(settings, model, start_up)
     geometry = model.spec.kv_geometry(block_size=settings.block_size, dtype_bytes=model.dtype.itemsize)
     reports.send(StageLoaded(geometry.block_bytes(stage.layers), free_device_bytes))
-    pulse.loads("waiting for the other stages to load")
+    start_up.begin("waiting for the other stages to load")
     size = pickle.loads(inbox.get())
     assert isinstance(size, KVSize)
-    pulse.loads("allocating KV memory")
+    start_up.begin("allocating KV memory")
     store = _allocate(size, geometry, stage.layers, model.dtype, device)
-    pulse.loads("capturing decode steps")
+    start_up.begin("capturing decode steps")
     decode_graphs = _capture_decode(settings, model, backend, store, scratch_slot=size.num_device_blocks)
     worker = StageWorker(
         stage=stage,
@@ -196,8 +199,7 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
         pulse=pulse,
         decode_graphs=decode_graphs,
     )
-    pulse.wait()
-    reports.send(StageReady())
+    reports.send(StageReady(start_up.end()))
     if device.torch_device.type == "cpu":
         _run_plans(worker, inbox, lambda step: reports.send(step.report()), pulse)
     else:
@@ -228,23 +230,23 @@ def _allocate(size: KVSize, geometry: KVGeometry, layers: range, dtype: torch.dt
 
 def _link_medium(settings: StageSettings) -> LinkMedium:
     """NCCL serves one process a GPU."""
+    if os.environ.get("PIPEMAX_STAGE_LINK") == "host":
+        return LinkMedium.HOST
     return LinkMedium.HOST if settings.device == "cpu" or settings.cuda.shares_devices else LinkMedium.NCCL
 
 
-def _prepare(settings: StageSettings, model: StageModel) -> tuple[AttentionBackend, int | None]:
+def _prepare(settings: StageSettings, model: StageModel, start_up: StartUp) -> tuple[AttentionBackend, int | None]:
     """The stage's attention, and the bytes that its device has left for KV (None: it is host memory)."""
     if model.device.type == "cpu":
         return ReferenceAttention(model.device), None
     from pipemax.worker import gpu_stage
 
+    start_up.begin("fast paths")
     backend = gpu_stage.open_attention(model, settings.cuda.attention_backend)
-    gpu_stage.prepare(
-        model,
-        settings.cuda,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-    )
+    most_rows = settings.max_num_seqs
+    gpu_stage.use_fast_paths(model, settings.cuda, max_model_len=settings.max_model_len, max_num_seqs=most_rows)
+    start_up.begin("a step of the largest size")
+    gpu_stage.run_largest_step(model, num_tokens=max(most_rows, settings.max_num_batched_tokens), num_rows=most_rows)
     return backend, gpu_stage.kv_bytes(model.device, gpu_memory_utilization=settings.cuda.gpu_memory_utilization)
 
 

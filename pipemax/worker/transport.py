@@ -76,6 +76,11 @@ class Transfer:
         return self.tensor
 
 
+class _Late:
+    def __init__(self, make): self.make = make
+    def wait(self): return self.make().wait()
+
+
 class _StagedSends:
     """Sends of what a GPU is still computing, in order: each waits for its copy to the host on a thread."""
 
@@ -129,6 +134,7 @@ class StageLinks:
         self._unfinished_sends: deque[Transfer] = deque()
         self._posted_receives: deque[Transfer] = deque()
         self._unfinished_tokens: deque[Transfer] = deque()
+        self._expected: deque[int] = deque()  # tokens of coming messages whose receive is not posted yet
         if num_stages == 1:
             return
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # nobody outside this machine may connect
@@ -163,17 +169,25 @@ class StageLinks:
 
     def post_hidden(self, num_tokens: int) -> bool:
         """Gets ready to receive the next step's activations; False when enough receives are posted already."""
+        if self._medium is LinkMedium.NCCL:
+            self._expected.append(num_tokens)
+            return True
         if len(self._posted_receives) == MAX_POSTED_RECEIVES:
             return False
-        assert self._before is not None and self._hidden_shape is not None
-        hidden_size, dtype = self._hidden_shape
-        hidden_TH = self._buffer(num_tokens, hidden_size, dtype=dtype)
-        self._posted_receives.append(self._receive(hidden_TH, self._stage - 1, self._before))
+        self._posted_receives.append(self._receive_next_hidden(num_tokens))
         return True
 
     def receive_hidden(self) -> Tensor:
         """Activations [T, H] of the oldest posted receive. Blocks until they are there. Raises LinkError."""
+        if self._medium is LinkMedium.NCCL:
+            self._posted_receives.append(self._receive_next_hidden(self._expected.popleft()))
         return self._posted_receives.popleft().wait()
+
+    def _receive_next_hidden(self, num_tokens: int) -> Transfer:
+        assert self._before is not None and self._hidden_shape is not None
+        hidden_size, dtype = self._hidden_shape
+        hidden_TH = self._buffer(num_tokens, hidden_size, dtype=dtype)
+        return self._receive(hidden_TH, self._stage - 1, self._before)
 
     def send_hidden(self, hidden_TH: Tensor) -> None:
         """Sends activations on; blocks while MAX_UNFINISHED_SENDS older ones are on their way. Raises LinkError."""
@@ -202,6 +216,8 @@ class StageLinks:
     def post_tokens(self, num_tokens: int) -> Transfer:
         """First stage: the receive of the next step with samples, int32 [S]; to be waited for by the caller."""
         assert self._stage == 0
+        if self._medium is LinkMedium.NCCL and os.environ.get("PIPEMAX_X") == "late":
+            return _Late(lambda: self._receive(self._buffer(num_tokens, dtype=torch.int32), self._num_stages - 1, self._tokens))
         return self._receive(self._buffer(num_tokens, dtype=torch.int32), self._num_stages - 1, self._tokens)
 
     def _buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:

@@ -25,8 +25,19 @@ def start(folder, *, num_stages: int = 1, **settings) -> LLM:
     return LLM(folder, pipeline_parallel_size=num_stages, **{**defaults, **settings})
 
 
-@pytest.mark.parametrize(("num_stages", "memory"), [(1, "roomy"), (1, "tight"), (2, "tight")])
-def test_tokens_equal_the_cpus_in_float32(family, prompts, num_stages, memory):  # noqa: F811
+def devices(num_stages: int, where: str) -> tuple[int, ...]:
+    if where == "one gpu":
+        return (0,) * num_stages
+    if torch.cuda.device_count() < num_stages:
+        pytest.skip(f"needs {num_stages} GPUs")
+    return tuple(range(num_stages))
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "memory", "where"),
+    [(1, "roomy", "one gpu"), (1, "tight", "one gpu"), (2, "tight", "one gpu"), (2, "tight", "a gpu each")],
+)
+def test_tokens_equal_the_cpus_in_float32(family, prompts, num_stages, memory, where):  # noqa: F811
     folder, expected = family
     settings = {
         "dtype": "float32",
@@ -35,6 +46,7 @@ def test_tokens_equal_the_cpus_in_float32(family, prompts, num_stages, memory): 
         "attention_backend": "reference",
         "fused_layers": num_stages == 1,
         "max_num_seqs": 16,
+        "stage_devices": devices(num_stages, where),
         **MEMORY[memory],
     }
     with start(folder, num_stages=num_stages, **settings) as llm:
@@ -67,7 +79,7 @@ def random_params(count: int) -> list[SamplingParams]:
 def test_a_long_random_run_gives_the_same_tokens_with_the_smallest_memory(model):
     """Nearly every block travels at nearly every step: one that came late, or went too soon, shows."""
     count = 50
-    prompts, params = random_prompts(count), random_params(count)  # noqa: F811
+    prompts, params = random_prompts(count), random_params(count)
     common = {"dtype": "float32", "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 192}
     longest = 192 // 8
     results = []
@@ -80,21 +92,23 @@ def test_a_long_random_run_gives_the_same_tokens_with_the_smallest_memory(model)
     assert stats.steps > 500 and stats.blocks_refilled > 1000
 
 
+@pytest.mark.parametrize("where", ["one gpu", "a gpu each"])
 @pytest.mark.parametrize("async_scheduling", [True, False])
-def test_two_stages_on_one_gpu_and_sampled_tokens_that_travel(model, async_scheduling):
+def test_two_stages_and_sampled_tokens_that_travel(model, async_scheduling, where):
     count = 40
-    prompts, params = random_prompts(count), random_params(count)  # noqa: F811
+    prompts, params = random_prompts(count), random_params(count)
     common = {"dtype": "float32", "max_model_len": 192, "max_num_seqs": 8, "num_device_blocks": 200}
     results = []
     for num_stages in (1, 2):
-        with start(model, num_stages=num_stages, async_scheduling=async_scheduling, **common) as llm:
+        common |= {"async_scheduling": async_scheduling, "stage_devices": devices(num_stages, where)}
+        with start(model, num_stages=num_stages, **common) as llm:
             results.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
     assert results[0] == results[1]
 
 
 def test_logprobs_and_failed_rows_come_back_late_and_right(model):
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True)
-    prompts = random_prompts(5)  # noqa: F811
+    prompts = random_prompts(5)
     results = []
     for device in ("cpu", "cuda"):
         with LLM(model, device=device, dtype="float32", skip_tokenizer_init=True, host_memory_gib=0.1) as llm:
