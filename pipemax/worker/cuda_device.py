@@ -128,6 +128,8 @@ class CudaDevice:
         self._copy_method = copy_method
         # Streams share hardware queues, eight by default: one stream's wait then holds up another.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        # Steps of many sizes leave no holes that nothing fits in: what one step needed is enough for all.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(self._torch_device)
         self._clock = _CudaClock()
         self._homes: list[HostMemory] = []

@@ -40,7 +40,7 @@ from pipemax.worker.pulse import Pulse, dump_stacks_on_signal
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.stage_worker import RunningStep, StageWorker
 from pipemax.worker.start_up import StartUp, StartUpPart
-from pipemax.worker.transport import LinkError, LinkMedium, StageLinks
+from pipemax.worker.transport import LinkError, StageLinks, choose_medium
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
         num_stages=stage.num_stages,
         rendezvous=settings.rendezvous,
         device=device.torch_device,
-        medium=_link_medium(settings),
+        medium=choose_medium(device.torch_device, shares_devices=settings.cuda.shares_devices),
     )
     start_up.begin("loading weights")
     model = StageModel.load(
@@ -228,13 +228,6 @@ def _allocate(size: KVSize, geometry: KVGeometry, layers: range, dtype: torch.dt
         ) from error
 
 
-def _link_medium(settings: StageSettings) -> LinkMedium:
-    """NCCL serves one process a GPU."""
-    if os.environ.get("PIPEMAX_STAGE_LINK") == "host":
-        return LinkMedium.HOST
-    return LinkMedium.HOST if settings.device == "cpu" or settings.cuda.shares_devices else LinkMedium.NCCL
-
-
 def _prepare(settings: StageSettings, model: StageModel, start_up: StartUp) -> tuple[AttentionBackend, int | None]:
     """The stage's attention, and the bytes that its device has left for KV (None: it is host memory)."""
     if model.device.type == "cpu":
@@ -247,7 +240,12 @@ def _prepare(settings: StageSettings, model: StageModel, start_up: StartUp) -> t
     gpu_stage.use_fast_paths(model, settings.cuda, max_model_len=settings.max_model_len, max_num_seqs=most_rows)
     start_up.begin("a step of the largest size")
     gpu_stage.run_largest_step(model, num_tokens=max(most_rows, settings.max_num_batched_tokens), num_rows=most_rows)
-    return backend, gpu_stage.kv_bytes(model.device, gpu_memory_utilization=settings.cuda.gpu_memory_utilization)
+    free_bytes = gpu_stage.kv_bytes(
+        model.device,
+        num_layers=len(settings.stage.layers),
+        gpu_memory_utilization=settings.cuda.gpu_memory_utilization,
+    )
+    return backend, free_bytes
 
 
 def _capture_decode(
@@ -291,17 +289,18 @@ def _run_plans(
 ) -> None:
     """Plans in order, each one's input awaited as soon as the plan is known. Ends only by an exception."""
     coming: deque[StepPlan] = deque()
-    num_posted = 0
+
+    def take(message: bytes) -> None:
+        coming.append(_as_plan(message))
+        worker.expect_input(coming[-1])
+
     while True:
         if not coming:
             pulse.wait()
-            coming.append(_as_plan(inbox.get()))
+            take(inbox.get())
         with contextlib.suppress(queue.Empty):
             while True:
-                coming.append(_as_plan(inbox.get_nowait()))
-        while num_posted < len(coming) and worker.post_input(coming[num_posted]):
-            num_posted += 1
-        num_posted -= 1
+                take(inbox.get_nowait())
         plan = coming.popleft()
         pulse.begin_step(plan.step_id)
         report_on(worker.run_step(plan))

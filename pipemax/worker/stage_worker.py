@@ -38,11 +38,8 @@ from pipemax.worker.row_guard import GuardedSampler, Sampled
 from pipemax.worker.sampler import Sampler
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.transfer import GPU_LAYERS_PER_COPY, KVPools, StepTransfers, TransferEngine
-from pipemax.worker.transport import StageLinks, Transfer
+from pipemax.worker.transport import StageLinks
 from pipemax.worker.upload import upload
-
-# More than any sensible number of plans in flight: the oldest have long arrived, waiting for them costs nothing.
-_MAX_AWAITED_TOKEN_MESSAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +112,6 @@ class _AwaitedTokens:
 
     step_id: int
     request_ids: Int64Array
-    transfer: Transfer
 
 
 class StageWorker:
@@ -164,13 +160,14 @@ class StageWorker:
         self._awaited: deque[_AwaitedTokens] = deque()
         links.set_hidden(model.hidden_size, model.dtype)
 
-    def post_input(self, plan: StepPlan) -> bool:
-        """Gets ready for the activations of a coming step, in plan order; False when too many are awaited already."""
-        return self._stage.is_first or plan.num_rows == 0 or self._links.post_hidden(plan.num_tokens)
+    def expect_input(self, plan: StepPlan) -> None:
+        """Gets ready for the activations of a coming step, in plan order."""
+        if not self._stage.is_first and plan.num_rows:
+            self._links.expect_hidden(plan.num_tokens)
 
     @torch.inference_mode()
     def run_step(self, plan: StepPlan) -> RunningStep:
-        """Runs one step; `post_input` has been called for it. Returns when it is issued and its output handed over.
+        """Runs one step; `expect_input` has been called for it. Returns when it is issued and its output handed over.
 
         Raises LinkError when another stage is gone, CopyError when a block copy failed.
         """
@@ -231,11 +228,14 @@ class StageWorker:
 
     def _input_ids(self, plan: StepPlan) -> Tensor | None:
         assert self._tokens is not None
+        # Those of prefill steps may not be needed for long. They are received all the same once this stage is further
+        # ahead than the pipeline is long, when waiting for one costs nothing: a link holds only so many.
+        most_awaited = self._stage.num_stages + 1
         while self._awaited and (
-            self._awaited[0].step_id <= plan.sampled_through_step or len(self._awaited) > _MAX_AWAITED_TOKEN_MESSAGES
+            self._awaited[0].step_id <= plan.sampled_through_step or len(self._awaited) > most_awaited
         ):
             awaited = self._awaited.popleft()
-            self._tokens.append(awaited.request_ids, awaited.transfer.wait())
+            self._tokens.append(awaited.request_ids, self._links.receive_tokens())
         return self._tokens.input_ids(plan) if plan.num_rows else None
 
     def _sample(self, plan: StepPlan, qo_indptr: Int32Array, hidden_TH: Tensor) -> Sampled | None:
@@ -257,9 +257,8 @@ class StageWorker:
             assert hidden_TH is not None
             self._links.send_hidden(hidden_TH)
             if self._tokens is not None and len(sampled_ids):
-                # Posted now, not when needed: the last stage must never wait for a plan that is still to come.
-                transfer = self._links.post_tokens(len(sampled_ids))
-                self._awaited.append(_AwaitedTokens(plan.step_id, sampled_ids, transfer))
+                self._links.expect_tokens(len(sampled_ids))
+                self._awaited.append(_AwaitedTokens(plan.step_id, sampled_ids))
         elif sampled is not None:
             if self._tokens is not None:
                 self._tokens.append(sampled_ids, sampled.token_ids)

@@ -9,12 +9,17 @@ know every shape from the plan: messages carry no metadata. A step without rows 
 samples samples no tokens.
 
 Two media. NCCL, when every stage has a GPU of its own: messages go from GPU to GPU in stream order, no host waits for
-them, and `wait` makes later compute wait. HOST (gloo): messages are in host memory; a GPU's are copied there, and a
+them, and receiving makes later compute wait. HOST (gloo): messages are in host memory; a GPU's are copied there, and a
 thread sends them once the copy is done, so that the thread which issues steps does not wait for the GPU.
 
 Why any number of plans may be in flight: take the oldest step that some stage has not run. All older steps have run
-everywhere, so every older message has been received; its stage waits only for the stage before, which has run it. Token
-receives are posted as soon as the first stage has handed a step on, so the last stage never waits for the first.
+everywhere; its stage waits only for the stage before, which has run it, and for tokens of older steps.
+
+Over NCCL a receive is posted when its message is needed, never ahead. It is a kernel that holds its part of the GPU
+until the message comes. One that waits for a message of the future slows everything beside it (measured on two H100s,
+while tokens were awaited a step ahead: decode steps 15 to 70 % longer), and calls of the driver that wait for the whole
+GPU, such as loading a kernel at its first use, wait for it: two stages have stood still like that, each with a receive
+posted for what the other had yet to issue. In host memory receives are posted ahead and cost nothing.
 
 Here live groups, buffers in flight, timeouts. Never here: what the tensors mean, requests, plans.
 """
@@ -35,18 +40,46 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipemax.config import ConfigError
+
 # A peer that is not there by then has died or hangs; processes start together and connect before they load anything.
 CONNECT_TIMEOUT = timedelta(seconds=60)
 # No step takes this long; a dead peer is noticed at once, by its closed connection and by the parent.
 STEP_TIMEOUT = timedelta(hours=2)
+# Of activations and of tokens: buffers that live until they are gone, receives posted ahead in host memory.
 MAX_UNFINISHED_SENDS = 2
-MAX_POSTED_RECEIVES = 2
+MAX_UNFINISHED_TOKEN_SENDS = 64
+MAX_POSTED_HIDDEN = 2
+MAX_POSTED_TOKENS = 64
+MEDIUM_VARIABLE = "PIPEMAX_STAGE_LINK"
 _CPU = torch.device("cpu")
 
 
-class LinkMedium(enum.Enum):
-    HOST = "gloo"
+class LinkMedium(enum.StrEnum):
+    """See the module."""
+
+    HOST = "host"
     NCCL = "nccl"
+
+    @property
+    def torch_backend(self) -> str:
+        return "gloo" if self is LinkMedium.HOST else "nccl"
+
+
+def choose_medium(device: torch.device, *, shares_devices: bool) -> LinkMedium:
+    """NCCL for stages that have a GPU each, unless the environment variable PIPEMAX_STAGE_LINK says host.
+
+    Raises ConfigError for a value of the variable that is none, or that cannot be.
+    """
+    can_be_nccl = device.type == "cuda" and not shares_devices
+    wanted = os.environ.get(MEDIUM_VARIABLE)
+    if wanted is None:
+        return LinkMedium.NCCL if can_be_nccl else LinkMedium.HOST
+    if wanted not in list(LinkMedium):
+        raise ConfigError(f"{MEDIUM_VARIABLE} must be host or nccl, got {wanted!r}")
+    if wanted == LinkMedium.NCCL and not can_be_nccl:
+        raise ConfigError(f"{MEDIUM_VARIABLE}=nccl needs a GPU for each stage: unset it")
+    return LinkMedium(wanted)
 
 
 class LinkError(RuntimeError):
@@ -76,9 +109,32 @@ class Transfer:
         return self.tensor
 
 
-class _Late:
-    def __init__(self, make): self.make = make
-    def wait(self): return self.make().wait()
+class _Inbox:
+    """Messages that come over one link, in order: expected once a plan tells of them, received when they are needed."""
+
+    def __init__(self, post: Callable[[Tensor], Transfer], *, most_posted: int) -> None:
+        """`post` starts to receive into a buffer. Of expected messages, that many are posted ahead of being needed."""
+        self._post = post
+        self._most_posted = most_posted
+        self._buffers: deque[Callable[[], Tensor]] = deque()
+        self._posted: deque[Transfer] = deque()
+
+    def expect(self, make_buffer: Callable[[], Tensor]) -> None:
+        """One more message, of the buffer's shape and dtype."""
+        self._buffers.append(make_buffer)
+        self._post_ahead()
+
+    def receive(self) -> Tensor:
+        """The oldest expected message; see `Transfer.wait`. Raises LinkError."""
+        if not self._posted:
+            self._posted.append(self._post(self._buffers.popleft()()))
+        oldest = self._posted.popleft()
+        self._post_ahead()
+        return oldest.wait()
+
+    def _post_ahead(self) -> None:
+        while self._buffers and len(self._posted) < self._most_posted:
+            self._posted.append(self._post(self._buffers.popleft()()))
 
 
 class _StagedSends:
@@ -132,9 +188,9 @@ class StageLinks:
         self._num_stages = num_stages
         self._hidden_shape: tuple[int, torch.dtype] | None = None
         self._unfinished_sends: deque[Transfer] = deque()
-        self._posted_receives: deque[Transfer] = deque()
         self._unfinished_tokens: deque[Transfer] = deque()
-        self._expected: deque[int] = deque()  # tokens of coming messages whose receive is not posted yet
+        self._hidden_inbox: _Inbox | None = None
+        self._token_inbox: _Inbox | None = None
         if num_stages == 1:
             return
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # nobody outside this machine may connect
@@ -152,8 +208,18 @@ class StageLinks:
             self._tokens = self._new_group(num_stages - 1, 0)
         except RuntimeError as error:  # dist.DistError is one
             raise LinkError(f"stage {stage} could not connect to the other stages: {error}") from error
-        self._before = links[stage - 1] if stage > 0 else None
+        before = links[stage - 1] if stage > 0 else None
         self._behind = links[stage] if stage < num_stages - 1 else None
+        nccl = medium is LinkMedium.NCCL
+        if before is not None:
+            self._hidden_inbox = _Inbox(
+                lambda buffer: self._receive(buffer, stage - 1, before), most_posted=0 if nccl else MAX_POSTED_HIDDEN
+            )
+        if stage == 0:
+            self._token_inbox = _Inbox(
+                lambda buffer: self._receive(buffer, num_stages - 1, self._tokens),
+                most_posted=0 if nccl else MAX_POSTED_TOKENS,
+            )
         self._staged_hidden: _StagedSends | None = None
         self._staged_tokens: _StagedSends | None = None
         if device.type == "cuda" and medium is LinkMedium.HOST:
@@ -167,27 +233,16 @@ class StageLinks:
         """What activations look like; known once the model is."""
         self._hidden_shape = (hidden_size, dtype)
 
-    def post_hidden(self, num_tokens: int) -> bool:
-        """Gets ready to receive the next step's activations; False when enough receives are posted already."""
-        if self._medium is LinkMedium.NCCL:
-            self._expected.append(num_tokens)
-            return True
-        if len(self._posted_receives) == MAX_POSTED_RECEIVES:
-            return False
-        self._posted_receives.append(self._receive_next_hidden(num_tokens))
-        return True
+    def expect_hidden(self, num_tokens: int) -> None:
+        """The plan of a coming step is known, in plan order: it brings activations of that many tokens."""
+        assert self._hidden_inbox is not None and self._hidden_shape is not None
+        hidden_size, dtype = self._hidden_shape
+        self._hidden_inbox.expect(lambda: self._buffer(num_tokens, hidden_size, dtype=dtype))
 
     def receive_hidden(self) -> Tensor:
-        """Activations [T, H] of the oldest posted receive. Blocks until they are there. Raises LinkError."""
-        if self._medium is LinkMedium.NCCL:
-            self._posted_receives.append(self._receive_next_hidden(self._expected.popleft()))
-        return self._posted_receives.popleft().wait()
-
-    def _receive_next_hidden(self, num_tokens: int) -> Transfer:
-        assert self._before is not None and self._hidden_shape is not None
-        hidden_size, dtype = self._hidden_shape
-        hidden_TH = self._buffer(num_tokens, hidden_size, dtype=dtype)
-        return self._receive(hidden_TH, self._stage - 1, self._before)
+        """Activations [T, H] of the oldest expected step; see `Transfer.wait`. Raises LinkError."""
+        assert self._hidden_inbox is not None
+        return self._hidden_inbox.receive()
 
     def send_hidden(self, hidden_TH: Tensor) -> None:
         """Sends activations on; blocks while MAX_UNFINISHED_SENDS older ones are on their way. Raises LinkError."""
@@ -208,17 +263,20 @@ class StageLinks:
         if self._staged_tokens is not None:
             self._staged_tokens.put(token_ids_S)
             return
-        # The first stage posts a receive for every step right after it has run it, so older messages are gone by now.
-        while len(self._unfinished_tokens) >= MAX_UNFINISHED_SENDS:
+        # The first stage receives a step's tokens a few plans later at most, so this old a message is gone by now.
+        while len(self._unfinished_tokens) >= MAX_UNFINISHED_TOKEN_SENDS:
             self._unfinished_tokens.popleft().wait()
         self._unfinished_tokens.append(self._send(token_ids_S, 0, self._tokens))
 
-    def post_tokens(self, num_tokens: int) -> Transfer:
-        """First stage: the receive of the next step with samples, int32 [S]; to be waited for by the caller."""
-        assert self._stage == 0
-        if self._medium is LinkMedium.NCCL and os.environ.get("PIPEMAX_X") == "late":
-            return _Late(lambda: self._receive(self._buffer(num_tokens, dtype=torch.int32), self._num_stages - 1, self._tokens))
-        return self._receive(self._buffer(num_tokens, dtype=torch.int32), self._num_stages - 1, self._tokens)
+    def expect_tokens(self, num_tokens: int) -> None:
+        """First stage, right after handing a step on: its sampled tokens are to come."""
+        assert self._token_inbox is not None
+        self._token_inbox.expect(lambda: self._buffer(num_tokens, dtype=torch.int32))
+
+    def receive_tokens(self) -> Tensor:
+        """First stage: tokens of the oldest expected step, int32 [S]; see `Transfer.wait`. Raises LinkError."""
+        assert self._token_inbox is not None
+        return self._token_inbox.receive()
 
     def _buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """For a receive. Over NCCL it is on the GPU, else in host memory, pinned if a GPU copies from there."""
@@ -229,7 +287,9 @@ class StageLinks:
     def _new_group(self, sender: int, receiver: int) -> dist.ProcessGroup:
         """The group of one link. NCCL connects at the first message, which both ends have to take part in: now."""
         timeout = STEP_TIMEOUT if self._medium is LinkMedium.NCCL else CONNECT_TIMEOUT
-        group: dist.ProcessGroup = dist.new_group([sender, receiver], backend=self._medium.value, timeout=timeout)
+        group: dist.ProcessGroup = dist.new_group(
+            [sender, receiver], backend=self._medium.torch_backend, timeout=timeout
+        )
         if self._medium is LinkMedium.NCCL and self._stage in (sender, receiver):
             greeting = torch.zeros(1, dtype=torch.int32, device=self._device)
             if self._stage == sender:

@@ -79,7 +79,7 @@ def random_params(count: int) -> list[SamplingParams]:
 def test_a_long_random_run_gives_the_same_tokens_with_the_smallest_memory(model):
     """Nearly every block travels at nearly every step: one that came late, or went too soon, shows."""
     count = 50
-    prompts, params = random_prompts(count), random_params(count)
+    prompts, params = random_prompts(count), random_params(count)  # noqa: F811
     common = {"dtype": "float32", "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 192}
     longest = 192 // 8
     results = []
@@ -96,7 +96,7 @@ def test_a_long_random_run_gives_the_same_tokens_with_the_smallest_memory(model)
 @pytest.mark.parametrize("async_scheduling", [True, False])
 def test_two_stages_and_sampled_tokens_that_travel(model, async_scheduling, where):
     count = 40
-    prompts, params = random_prompts(count), random_params(count)
+    prompts, params = random_prompts(count), random_params(count)  # noqa: F811
     common = {"dtype": "float32", "max_model_len": 192, "max_num_seqs": 8, "num_device_blocks": 200}
     results = []
     for num_stages in (1, 2):
@@ -108,7 +108,7 @@ def test_two_stages_and_sampled_tokens_that_travel(model, async_scheduling, wher
 
 def test_logprobs_and_failed_rows_come_back_late_and_right(model):
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True)
-    prompts = random_prompts(5)
+    prompts = random_prompts(5)  # noqa: F811
     results = []
     for device in ("cpu", "cuda"):
         with LLM(model, device=device, dtype="float32", skip_tokenizer_init=True, host_memory_gib=0.1) as llm:

@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipemax.config import ConfigError
 from pipemax.worker import transport
-from pipemax.worker.transport import LinkError, StageLinks
+from pipemax.worker.transport import LinkError, LinkMedium, StageLinks, choose_medium
 
 HIDDEN = 96
 # Tokens and samples of each step: the first stage hands all of them on before it looks at any answer.
@@ -74,22 +75,22 @@ def many_steps(stage: int, num_stages: int, rendezvous: Path) -> object:
     """Stage s adds s to what it gets; the last stage answers with the sum over each of the first rows."""
     links = connect(stage, num_stages, rendezvous)
     links.set_hidden(HIDDEN, torch.bfloat16)
-    posted, answers = 0, []
+    num_answers = 0
     for step, (num_tokens, num_samples) in enumerate(STEPS):
         if stage == 0:
             hidden_TH = torch.full((num_tokens, HIDDEN), float(step), dtype=torch.bfloat16)
         else:
-            while posted < len(STEPS) and links.post_hidden(STEPS[posted][0]):
-                posted += 1
+            links.expect_hidden(num_tokens)
             hidden_TH = links.receive_hidden() + stage
             assert hidden_TH.shape == (num_tokens, HIDDEN)
         if stage < num_stages - 1:
             links.send_hidden(hidden_TH)
             if stage == 0 and num_samples:
-                answers.append(links.post_tokens(num_samples))
+                links.expect_tokens(num_samples)
+                num_answers += 1
         elif num_samples:
             links.send_tokens(hidden_TH[:1].sum(dim=1).to(torch.int32).expand(num_samples).contiguous())
-    return [answer.wait().tolist() for answer in answers]
+    return [links.receive_tokens().tolist() for _ in range(num_answers)]
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])
@@ -107,12 +108,14 @@ def dies_after_connecting(stage: int, num_stages: int, rendezvous: Path) -> obje
 def waits_for_hidden(stage: int, num_stages: int, rendezvous: Path) -> object:
     links = connect(stage, num_stages, rendezvous)
     links.set_hidden(HIDDEN, torch.float32)
-    links.post_hidden(5)
+    links.expect_hidden(5)
     return links.receive_hidden()
 
 
 def waits_for_tokens(stage: int, num_stages: int, rendezvous: Path) -> object:
-    return connect(stage, num_stages, rendezvous).post_tokens(5).wait()
+    links = connect(stage, num_stages, rendezvous)
+    links.expect_tokens(5)
+    return links.receive_tokens()
 
 
 def test_a_dead_stage_before_breaks_the_link(tmp_path: Path) -> None:
@@ -186,3 +189,26 @@ def test_sockets_are_bound_to_the_loopback_unless_the_user_says_otherwise(
     assert seen[1] == ("lo", "lo")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+
+
+@pytest.mark.parametrize(
+    ("device", "shares_devices", "wanted", "medium"),
+    [
+        ("cpu", False, None, LinkMedium.HOST),
+        ("cuda", False, None, LinkMedium.NCCL),
+        ("cuda", True, None, LinkMedium.HOST),
+        ("cuda", False, "host", LinkMedium.HOST),
+        ("cuda", False, "nccl", LinkMedium.NCCL),
+    ],
+)
+def test_the_medium_is_nccl_where_stages_have_a_gpu_each(monkeypatch, device, shares_devices, wanted, medium) -> None:
+    if wanted is not None:
+        monkeypatch.setenv("PIPEMAX_STAGE_LINK", wanted)
+    assert choose_medium(torch.device(device), shares_devices=shares_devices) is medium
+
+
+@pytest.mark.parametrize("wanted", ["nccl", "infiniband"])
+def test_a_medium_that_cannot_be_is_refused(monkeypatch, wanted) -> None:
+    monkeypatch.setenv("PIPEMAX_STAGE_LINK", wanted)
+    with pytest.raises(ConfigError, match="PIPEMAX_STAGE_LINK"):
+        choose_medium(torch.device("cpu"), shares_devices=False)
