@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,14 @@ import torch
 from transformers import LlamaConfig
 
 from pipemax.attention import flashinfer
+from pipemax.attention.base import AttentionBackend
 from pipemax.config import LoadFormat
 from pipemax.cuda_options import AttentionChoice, CudaOptions
 from pipemax.plan import NewRequest, StepPlan
 from pipemax.worker import gpu_stage
 from pipemax.worker.cuda_device import CudaDevice
+from pipemax.worker.decode_graphs import DecodeGraphs
+from pipemax.worker.device import Device
 from pipemax.worker.kv_store import KVStore
 from pipemax.worker.piece_graphs import graph_sizes
 from pipemax.worker.stage_model import StageModel, StageSlice
@@ -138,37 +142,47 @@ class Casts:
 class _Heard:
     """A model, or graphs of its steps, whose hidden states are heard by a third; the next step writes over them."""
 
-    def __init__(self, inner, heard: list[torch.Tensor]) -> None:
+    def __init__(self, inner: Any, heard: list[torch.Tensor]) -> None:
         self._inner = inner
         self._heard = heard
         self.num_steps = 0
 
-    def forward(self, *arguments, **named):
-        output_TH = self._inner.forward(*arguments, **named)
+    def forward(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        output_TH: torch.Tensor = self._inner.forward(*arguments, **named)
         self._heard.append(output_TH)
         self.num_steps += 1
         return output_TH
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
 
 class Side:
     """One of the two: a stage over KV memory of its own. `graphs`: what served its captured decode steps, if any."""
 
-    def __init__(self, *, model: StageModel, device, store: KVStore, backend, graphs=None) -> None:
+    def __init__(
+        self,
+        *,
+        model: StageModel,
+        device: Device,
+        store: KVStore,
+        backend: AttentionBackend,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self._heard: list[torch.Tensor] = []
         self.store = store
         self.graphs = None if graphs is None else _Heard(graphs, self._heard)
+        heard_model: Any = _Heard(model, self._heard)
+        heard_graphs: Any = self.graphs
         self._worker = StageWorker(
             stage=STAGE,
-            model=_Heard(model, self._heard),
+            model=heard_model,
             device=device,
             pools=store,
             block_size=BLOCK_SIZE,
             backend=backend,
             links=StageLinks(stage=0, num_stages=1, rendezvous=Path("unused")),
-            decode_graphs=self.graphs,
+            decode_graphs=heard_graphs,
         )
 
     def hidden(self, plan: StepPlan) -> torch.Tensor:
@@ -179,7 +193,7 @@ class Side:
         return output_TH
 
 
-def load(folder: Path, device, *, dtype: str) -> StageModel:
+def load(folder: Path, device: Device, *, dtype: str) -> StageModel:
     CONFIG.save_pretrained(folder)
     return StageModel.load(
         model_dir=folder,
@@ -192,7 +206,7 @@ def load(folder: Path, device, *, dtype: str) -> StageModel:
     )
 
 
-def kv_store(model: StageModel, device, *, num_slots: int) -> KVStore:
+def kv_store(model: StageModel, device: Device, *, num_slots: int) -> KVStore:
     """With one slot more, for idle rows of captured steps."""
     return KVStore(
         geometry=model.spec.kv_geometry(block_size=BLOCK_SIZE, dtype_bytes=model.dtype.itemsize),
@@ -236,7 +250,7 @@ def forget_half(casts: Casts, store: KVStore) -> None:
 
 
 @pytest.mark.skipif(not flashinfer.is_available(), reason="FlashInfer is not installed")
-def test_captured_steps_do_not_drift_from_steps_without_graphs(device, tmp_path):
+def test_captured_steps_do_not_drift_from_steps_without_graphs(device: torch.device, tmp_path: Path) -> None:
     cuda = CudaDevice(0)
     casts = Casts(num_steps=NUM_STEPS, seed=1)
     sizes = {"num_slots": casts.num_slots, "max_model_len": NUM_STEPS + GUEST_TOKENS}
