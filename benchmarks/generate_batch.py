@@ -94,11 +94,10 @@ def run_transformers(work: TransformersWork) -> dict[str, Any]:
 
 def generate_all(manager: Any, prompts: Sequence[list[int]], lengths: Sequence[LengthPair]) -> None:
     """Hands all requests to the running manager and waits for the last."""
-    num_tokens_of = {}
+    num_tokens_of: dict[str, int] = {}
     for prompt, row in zip(prompts, lengths, strict=True):
-        num_tokens_of[manager.add_request(prompt, max_new_tokens=row.output_tokens, eos_token_id=-1)] = (
-            row.output_tokens
-        )
+        request_id = manager.add_request(prompt, max_new_tokens=row.output_tokens, eos_token_id=-1)
+        num_tokens_of[request_id] = row.output_tokens
     while num_tokens_of:
         result = manager.get_result(timeout=1)
         if result is None:
@@ -176,11 +175,13 @@ def main() -> None:
         "requests": len(lengths),
         "prompt_tokens": sum(row.prompt_tokens for row in lengths),
         "output_tokens": output_tokens,
+        "seconds": {"transformers": transformers["wall_seconds"], "pipemax": pipemax["wall_seconds"]},
         "output_tokens_per_second": {
             "transformers": transformers["output_tokens_per_second"],
             "pipemax": pipemax["output_tokens_per_second"],
         },
         "ratio": pipemax["output_tokens_per_second"] / transformers["output_tokens_per_second"],
+        "environment": pipemax["environment"],
         "versions": package_versions(),
         "command": shlex.join(["python", *sys.argv]),
         "transformers": transformers,
