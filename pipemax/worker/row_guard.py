@@ -59,8 +59,12 @@ class GuardedSampler:
             self._refused.pop(request_id, None)
         self._sampler.forget(ids)
 
+    def warm_up(self, num_rows: int, *, dtype: torch.dtype) -> None:
+        """As in `Sampler`; what it raises is nobody's row, and is raised."""
+        self._sampler.warm_up(num_rows, dtype=dtype)
+
     def sample(self, request_ids: Int64Array, logits_SV: Tensor) -> Sampled:
-        """The next token of each row. request_ids: int64 [S]; logits_SV: float32. A row that raises gives -1."""
+        """The next token of each row. Arguments as in `Sampler.sample`. A row that raises gives -1."""
         if not any(int(request_id) in self._refused for request_id in request_ids if self._refused):
             try:
                 return self._sampler.sample(request_ids, logits_SV)

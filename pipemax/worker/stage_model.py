@@ -171,7 +171,10 @@ class StageModel:
 
     @torch.inference_mode()
     def logits(self, hidden_SH: Tensor) -> Tensor:
-        """Logits float32 [S, V] of the last stage's hidden states, as the family's own head computes them."""
+        """Logits [S, V] of the last stage's hidden states, as the family's own head computes them, in its dtype.
+
+        A float32 copy of all of them would take memory from KV: who needs one makes it of the rows that need it.
+        """
         assert self.stage.is_last
         logits: Tensor = self._head(inputs_embeds=hidden_SH[None], use_cache=False).logits[0]
-        return logits.float()
+        return logits

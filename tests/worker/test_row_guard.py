@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipemax.plan import NewRequest
 from pipemax.request import SamplingParams
@@ -21,10 +20,10 @@ POISON_SEED = 13
 class RaisingSampler(Sampler):
     """Raises when a row with the poison seed is drawn, as a kernel would that does not like its input."""
 
-    def _draw(self, logits_RV: Tensor, top_R: Tensor, rows: NDArray[Any]) -> Tensor:
-        if (rows["seed"] == POISON_SEED).any():
+    def _draw(self, step: Any, rows: NDArray[np.int64], **depth: Any) -> list[Any]:
+        if (step.rows["seed"][rows] == POISON_SEED).any():
             raise IndexError("index 99 is out of bounds\nmore")
-        return super()._draw(logits_RV, top_R, rows)
+        return super()._draw(step, rows, **depth)
 
 
 def request(request_id: int, *, seed: int, **sampling: Any) -> NewRequest:

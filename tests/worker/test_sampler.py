@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,101 +20,22 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipemax.plan import NewRequest
 from pipemax.request import SamplingParams
-from pipemax.worker.sampler import Sampler, _inverse_cdf, uniform_draws
+from pipemax.worker import sampler as sampler_module
+from pipemax.worker.sampler import Sampler
+from tests.worker.sampling import (
+    CPU,
+    chi_square,
+    new_request,
+    on_each_device,
+    reference_logits,
+    reference_probabilities,
+    reference_tokens,
+    run,
+    uniform,
+)
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-        ),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
-
-
-CPU = torch.device("cpu")
-
-
-def new_request(
-    request_id: int, sampling: SamplingParams, *, prompt=(0,), seed: int | None = None, stop_token_ids=()
-) -> NewRequest:
-    return NewRequest(
-        request_id=request_id,
-        prompt_token_ids=np.array(prompt, np.int32),
-        sampling=sampling,
-        seed=request_id if seed is None else seed,
-        stop_token_ids=tuple(stop_token_ids),
-    )
-
-
-def run(sampler: Sampler, request_ids, logits: np.ndarray) -> list[int]:
-    before = torch.tensor(np.asarray(logits, np.float32), device=sampler._device)
-    given_logits = before.clone()
-    sampled = sampler.sample(np.array(request_ids, np.int64), given_logits)
-    assert torch.equal(given_logits.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
-    assert sampled.token_ids.dtype == torch.int32 and sampled.row_errors == {}
-    return sampled.token_ids.tolist()
-
-
-# The reference: what each parameter means, one row at a time in float64, with nothing clever.
-
-
-def reference_logits(logits: np.ndarray, request: NewRequest, outputs: list[int]) -> np.ndarray:
-    sampling, x = request.sampling, logits.astype(np.float64)
-    if len(outputs) < sampling.min_tokens:
-        for token in request.stop_token_ids:
-            x[token] = -np.inf
-    for token in {*request.prompt_token_ids.tolist(), *outputs}:
-        penalty = sampling.repetition_penalty
-        x[token] = x[token] / penalty if x[token] > 0 else x[token] * penalty
-    for token in set(outputs):
-        x[token] -= sampling.frequency_penalty * outputs.count(token) + sampling.presence_penalty
-    return x
-
-
-def reference_probabilities(x: np.ndarray, sampling: SamplingParams) -> np.ndarray:
-    x = x / sampling.temperature
-    p = np.exp(x - x.max())
-    p /= p.sum()
-    p[p < sampling.min_p * p.max()] = 0.0
-    order = sorted(range(len(x)), key=lambda token: (-x[token], token))
-    if sampling.top_k > 0:
-        p[order[sampling.top_k :]] = 0.0
-    p /= p.sum()
-    mass = 0.0
-    for token in order:
-        if mass >= sampling.top_p and sampling.top_p < 1.0:
-            p[token] = 0.0
-        mass += p[token]
-    return p / p.sum()
-
-
-def reference_tokens(x: np.ndarray, sampling: SamplingParams, uniform: float) -> set[int]:
-    """The token, or the two that float32 weights cannot tell apart at the edges of a filter or of the draw."""
-    if sampling.greedy:
-        return {int(np.argmax(x))}
-    tokens = set()
-    for nudge in (-1e-6, 0.0, 1e-6):
-        nudged = SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=min(1.0, max(1e-12, sampling.top_p + nudge)) if sampling.top_p < 1.0 else 1.0,
-            min_p=min(1.0, sampling.min_p * (1.0 + nudge)),
-        )
-        cdf = np.cumsum(reference_probabilities(x, nudged))
-        tokens |= {int(np.searchsorted(cdf, (uniform + u) * cdf[-1], side="right")) for u in (-1e-6, 0.0, 1e-6)}
-    return tokens
-
-
-def uniform(seed: int, output_index: int) -> float:
-    return float(uniform_draws(np.array([seed], np.uint64), np.array([output_index], np.uint64))[0])
 
 
 SAMPLING = st.builds(
@@ -155,6 +79,7 @@ def test_agrees_with_per_row_reference(samplings: list[SamplingParams], seed: in
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 6.0])
+@on_each_device
 def test_agrees_with_reference_on_a_wide_vocabulary(device: torch.device, scale: float) -> None:
     """More tokens than the candidates a top_p looks at first; scale 0.3 and 0 need the whole vocabulary, 6 does not."""
     rng = np.random.default_rng(3)
@@ -178,6 +103,7 @@ def test_agrees_with_reference_on_a_wide_vocabulary(device: torch.device, scale:
             assert token in reference_tokens(logits[i].astype(np.float64), samplings[i], uniform(i, step)), (i, step)
 
 
+@on_each_device
 def test_coarse_logits_tie_at_the_filters_edge(device: torch.device) -> None:
     """bfloat16 heads give many equal logits: exactly top_k of them stay, the lower ids."""
     logits = np.zeros((2, 3000), np.float32)
@@ -193,44 +119,6 @@ def test_coarse_logits_tie_at_the_filters_edge(device: torch.device) -> None:
             tokens.add(token)
     assert seen[0] == {*range(100, 3000, 100), 0, 1}
     assert seen[1] == set(range(100, 1500, 100))
-
-
-# Statistics
-
-
-def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
-    """How far counts are from expected, in standard deviations of the normal that matches chi-square."""
-    degrees = len(counts) - 1
-    value = float(((counts - expected) ** 2 / expected).sum())
-    return (((value / degrees) ** (1 / 3)) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
-
-
-def test_uniform_draws_are_uniform_and_independent() -> None:
-    n = 1 << 16
-    counter = np.arange(n, dtype=np.uint64)
-    zero = np.zeros(n, np.uint64)
-    streams = {
-        "neighbouring seeds, first token": uniform_draws(counter, zero),
-        "one seed, all tokens": uniform_draws(zero + np.uint64(12345), counter),
-        "both advance": uniform_draws(counter, counter),
-        "seeds a power of two apart": uniform_draws(counter << np.uint64(40), zero),
-        "seeds gamma apart": uniform_draws(counter * np.uint64(0x9E3779B97F4A7C15), zero),
-    }
-    for name, draws in streams.items():
-        assert draws.min() >= 0.0 and draws.max() < 1.0 and len(np.unique(draws)) == n, name
-        assert chi_square(np.bincount((draws * 256).astype(int), minlength=256), np.full(256, n / 256)) < 4, name
-        low = np.floor(draws * 2.0**53).astype(np.uint64) & np.uint64(255)
-        assert chi_square(np.bincount(low.astype(int), minlength=256), np.full(256, n / 256)) < 4, name
-        pairs = (draws[:-1] * 16).astype(int) * 16 + (draws[1:] * 16).astype(int)
-        assert chi_square(np.bincount(pairs, minlength=256), np.full(256, (n - 1) / 256)) < 4, name
-        for lag in (1, 2, 7):
-            assert abs(np.corrcoef(draws[:-lag], draws[lag:])[0, 1]) < 4 / math.sqrt(n), name
-    first, second = uniform_draws(counter, zero), uniform_draws(counter, zero + np.uint64(1))
-    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / math.sqrt(n)
-    # Streams share no value over their first tokens: neighbouring seeds, seeds a counter's stride apart.
-    for stride in (1, 0x9E3779B97F4A7C15):
-        seeds = np.repeat(counter[:256] * np.uint64(stride), 256)
-        assert len(np.unique(uniform_draws(seeds, np.tile(counter[:256], 256)))) == n
 
 
 @pytest.mark.parametrize(
@@ -260,28 +148,10 @@ def test_frequencies_follow_the_filtered_distribution(sampling: SamplingParams) 
     assert chi_square(counts[p > 0], p[p > 0] * num_requests * num_steps) < 4
 
 
-def test_draws_at_the_ends_never_hit_a_token_of_weight_zero(device: torch.device) -> None:
-    weights = torch.zeros(4, 1600, device=device)
-    weights[:, 700:1100] = torch.rand(400, generator=torch.Generator().manual_seed(0)).to(device) + 1e-3
-    weights[:, 800:900] = 0.0
-    weights[2, :] = 0.0
-    weights[2, 5] = 1e-30
-    ends = weights.double().cumsum(dim=1)
-    at_gap = float(ends[3, 850] / ends[3, -1])
-    draws = torch.tensor([0.0, 1.0 - 2.0**-53, 1.0 - 2.0**-53, at_gap], dtype=torch.float64, device=device)
-    tokens = _inverse_cdf(weights, draws).tolist()
-    assert tokens[:3] == [700, 1099, 5] and tokens[3] in (799, 900)
-    # Weights of very different size: the last group's two sums differ in the last bit in many of these rows.
-    weights = (-40 * torch.rand(500, 700, generator=torch.Generator().manual_seed(1))).exp().to(device)
-    weights[:, 649] = 0.5
-    weights[:, 650:] = 0.0
-    tokens = _inverse_cdf(weights, torch.full((500,), 1.0 - 2.0**-53, dtype=torch.float64, device=device))
-    assert tokens.unique().tolist() == [649]
-
-
 # The same request, whatever is around it
 
 
+@on_each_device
 def test_tokens_do_not_depend_on_the_batch(device: torch.device) -> None:
     """One request alone, then again among others that come and go, in another row each step: the same tokens."""
     rng = np.random.default_rng(5)
@@ -325,6 +195,65 @@ def test_tokens_do_not_depend_on_the_batch(device: torch.device) -> None:
     assert in_company() == alone()
 
 
+def test_tokens_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every kind, flat ones too, where top_p has to sort; all at once, one by one, and a few at a time."""
+    rng = np.random.default_rng(7)
+    vocab_size = 2000
+    samplings = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.0, frequency_penalty=0.5, min_tokens=2, logprobs=4),
+        SamplingParams(),
+        SamplingParams(top_p=0.9, logprobs=1),
+        SamplingParams(top_p=0.9, temperature=9.0),
+        SamplingParams(top_k=1500, top_p=0.8, temperature=9.0),
+        SamplingParams(top_k=30, min_p=0.05, repetition_penalty=1.2, min_tokens=1),
+    ]
+    logits = (rng.standard_normal((4, 3 * len(samplings), vocab_size)) * 3).astype(np.float32)
+
+    def results(chunk_logits: int, sorted_chunk_logits: int):
+        monkeypatch.setattr(sampler_module, "_CHUNK_LOGITS", chunk_logits)
+        monkeypatch.setattr(sampler_module, "_SORTED_CHUNK_LOGITS", sorted_chunk_logits)
+        sampler = Sampler(vocab_size=vocab_size, device=CPU)
+        for i in range(logits.shape[1]):
+            sampler.add(new_request(i, samplings[i % len(samplings)], stop_token_ids=[1]))
+        sampled = [sampler.sample(np.arange(logits.shape[1]), torch.from_numpy(step)) for step in logits]
+        return [(one.token_ids.tolist(), one.logprobs) for one in sampled]
+
+    together = results(1 << 22, 1 << 20)
+    assert results(1, 1) == results(4 * vocab_size, 2 * vocab_size) == together
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@on_each_device
+def test_half_logits_give_what_their_float32_values_give(device: torch.device, dtype: torch.dtype) -> None:
+    vocab_size = 3001
+    samplings = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.0, logprobs=3),
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, logprobs=0),
+        SamplingParams(),
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_p=0.9, temperature=5.0),
+        SamplingParams(top_k=40, min_p=0.01, presence_penalty=0.4, logprobs=2),
+    ]
+    logits = torch.randn(3 * len(samplings), vocab_size, generator=torch.Generator().manual_seed(3)).mul(2).to(dtype)
+    logits.clamp_(max=5.0)  # equal ones at the top
+    logits[7, 5], logits[11, 6], logits[13] = math.nan, math.inf, -math.inf
+
+    def results(given: torch.Tensor):
+        sampler = Sampler(vocab_size=vocab_size, device=device)
+        for i in range(len(given)):
+            sampler.add(new_request(i, samplings[i % len(samplings)], prompt=[3, 4]))
+        before = given.clone()
+        sampled = [sampler.sample(np.arange(len(given)), given) for _ in range(3)]
+        assert torch.equal(given.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
+        return [(one.token_ids.tolist(), one.row_errors, one.logprobs) for one in sampled]
+
+    got = results(logits.to(device))
+    assert got == results(logits.to(device).float())
+    assert set(got[0][1]) == {7, 11, 13}
+
+
 def test_same_seed_same_tokens_other_seed_others() -> None:
     logits = np.zeros((3, 1000), np.float32)
     sampler = Sampler(vocab_size=1000, device=CPU)
@@ -338,6 +267,7 @@ def test_same_seed_same_tokens_other_seed_others() -> None:
 # Greedy
 
 
+@on_each_device
 def test_greedy_takes_the_lowest_of_equal_logits(device: torch.device) -> None:
     vocab_size = 4099
     rng = np.random.default_rng(2)
@@ -359,81 +289,10 @@ def test_extreme_temperatures_are_not_errors() -> None:
     assert set(tokens[2]) == set(tokens[3]) == {0, 1, 2}
 
 
-# Penalties and min_tokens
+# min_tokens
 
 
-def test_penalties_by_hand() -> None:
-    """Prompt 0 0 1; output 2 2 3. Each step's logits make the next output and the penalised rest visible."""
-    sampling = SamplingParams(temperature=0.0, repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
-    sampler = Sampler(vocab_size=6, device=CPU)
-    sampler.add(new_request(0, sampling, prompt=[0, 0, 1]))
-
-    def step(logits: list[float]) -> int:
-        return run(sampler, [0], np.array([logits]))[0]
-
-    # Nothing in the output: the prompt's 0 and 1 are halved (5.9 -> 2.95), or doubled below zero.
-    assert step([5.9, 5.9, 3.0, 0.0, 0.0, 0.0]) == 2
-    # 2 is once in the output: 8 -> 8/2 - 0.25 - 0.5 = 3.25.
-    assert step([0.0, 0.0, 8.0, 3.26, 0.0, 0.0]) == 3
-    # 2 once: -0.1 -> -0.2 - 0.75 = -0.95; 3 once: -0.95; the prompt's 0: -0.4 -> -0.8; 4 and 5 untouched.
-    assert step([-0.4, -9.0, -0.1, -0.1, -0.9, -0.81]) == 0
-    assert step([-9.0, -9.0, 8.0, 3.0, 3.24, 3.26]) == 5
-    assert step([0.0, 0.0, 8.0, 0.0, 3.24, 0.0]) == 2
-    # 2 is twice in the output: 8 -> 4 - 0.5 - 0.5 = 3.
-    assert step([0.0, 0.0, 8.0, 0.0, 3.01, 0.0]) == 4
-    assert step([0.0, 0.0, 8.0, 0.0, 0.0, 0.0]) == 2
-
-
-def test_presence_and_frequency_leave_the_prompt_alone() -> None:
-    sampler = Sampler(vocab_size=3, device=CPU)
-    sampler.add(new_request(0, SamplingParams(temperature=0.0, presence_penalty=2.0), prompt=[1, 1]))
-    sampler.add(new_request(1, SamplingParams(temperature=0.0, frequency_penalty=2.0), prompt=[1, 1]))
-    logits = np.array([[0.0, 3.5, 1.8]] * 2, np.float32)
-    assert [run(sampler, [0, 1], logits) for _ in range(4)] == [[1, 1], [2, 2], [1, 1], [1, 0]]
-
-
-def test_long_outputs_count_on() -> None:
-    """History outgrows its first allocation several times; greedy under frequency penalty cycles through all tokens."""
-    vocab_size, num_steps = 300, 900
-    sampler = Sampler(vocab_size=vocab_size, device=CPU)
-    sampler.add(new_request(0, SamplingParams(temperature=0.0, frequency_penalty=0.5)))
-    logits = np.zeros((1, vocab_size), np.float32)
-    tokens = [run(sampler, [0], logits)[0] for _ in range(num_steps)]
-    assert tokens == [step % vocab_size for step in range(num_steps)]
-
-
-def test_penalty_slots_are_clean_when_reused() -> None:
-    """One leaves counts of its output behind, where the other has tokens of its prompt."""
-    sampler = Sampler(vocab_size=3, device=CPU)
-    for request_id in range(60):
-        sampler.add(new_request(request_id, SamplingParams(temperature=0.0, presence_penalty=1.0), prompt=[1]))
-        assert [run(sampler, [request_id], np.array([[2.0, 1.1, 0.5]]))[0] for _ in range(2)] == [0, 1]
-        sampler.forget([request_id, 12345])
-        sampling = SamplingParams(temperature=0.0, presence_penalty=1.0, repetition_penalty=1.01)
-        sampler.add(new_request(100 + request_id, sampling, prompt=[0, 1]))
-        assert run(sampler, [100 + request_id], np.array([[2.0, 1.1, 1.5]])) == [0]
-        sampler.forget([100 + request_id])
-
-
-def test_prompt_tokens_outside_the_vocabulary_are_passed_over() -> None:
-    sampler = Sampler(vocab_size=4, device=CPU)
-    sampling = SamplingParams(temperature=0.0, repetition_penalty=2.0, min_tokens=1)
-    for request_id, prompt in enumerate(([9, 3], [9], [0])):
-        sampler.add(new_request(request_id, sampling, prompt=prompt, stop_token_ids=[70, 2]))
-    assert run(sampler, [0, 1, 2], np.array([[1.1, 1.0, 3.0, 2.0], [1.1, 1.0, 3.0, 0.9], [1.1, 1.0, 3.0, 0.9]])) == [
-        0,
-        0,
-        1,
-    ]
-
-
-def test_absurd_penalties_are_not_errors() -> None:
-    sampler = Sampler(vocab_size=3, device=CPU)
-    for request_id, penalty in enumerate((1e-300, 1e-39, 1e300)):
-        sampler.add(new_request(request_id, SamplingParams(repetition_penalty=penalty, temperature=0.0), prompt=[1]))
-    assert run(sampler, [0, 1, 2], np.array([[9.5, 9.0, 0.0]] * 3)) == [1, 1, 0]
-
-
+@on_each_device
 def test_min_tokens_hold_back_end_tokens(device: torch.device) -> None:
     logits = np.array([[0.0, 9.0, 8.0, 1.0]] * 3, np.float32)
     sampler = Sampler(vocab_size=4, device=device)
@@ -476,65 +335,69 @@ def test_agrees_with_transformers(sampling: SamplingParams, processor) -> None:
     assert checked > num_requests * 0.9
 
 
-# Logprobs
+# Memory
 
 
-def test_logprobs_are_of_the_raw_logits(device: torch.device) -> None:
-    rng = np.random.default_rng(4)
-    vocab_size = 600
-    logits = (rng.standard_normal((4, vocab_size)) * 3).astype(np.float32)
-    sampler = Sampler(vocab_size=vocab_size, device=device)
-    sampler.add(new_request(0, SamplingParams(logprobs=5, temperature=3.0)))
-    sampler.add(new_request(1, SamplingParams()))
-    sampler.add(new_request(2, SamplingParams(logprobs=0, temperature=0.0, repetition_penalty=3.0), prompt=range(600)))
-    sampler.add(new_request(3, SamplingParams(logprobs=1024, top_k=2)))
-    sampled = sampler.sample(np.arange(4), torch.from_numpy(logits).to(device))
-    assert sampled.logprobs is not None and sampled.logprobs[1] is None
-    expected = torch.from_numpy(logits).double().log_softmax(dim=1).numpy()
-    for row, num_top in ((0, 5), (2, 0), (3, 600)):
-        entry = sampled.logprobs[row]
-        assert entry is not None
-        order = np.argsort(-logits[row], kind="stable")
-        token = int(sampled.token_ids[row])
-        assert entry.token_ids == (token, *order[:num_top])
-        assert entry.ranks == (int(np.flatnonzero(order == token)[0]) + 1, *range(1, num_top + 1))
-        assert entry.logprobs == pytest.approx(expected[row][list(entry.token_ids)], abs=1e-5)
+def peak_bytes(work: Callable[[], object], folder: Path) -> int:
+    """The most that `work` had allocated at once, of tensors on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    path = folder / "trace.json"
+    profile.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    changes = [event["args"]["Bytes"] for event in events if event.get("name") == "[memory]"]
+    assert changes
+    return int(np.cumsum(changes).max())
 
 
-def test_logprobs_of_equal_logits() -> None:
-    """Lower ids first, equal ones share a rank, and how many the neighbours ask for changes nothing."""
-    logits = np.array([[1.0, 3.0, -0.0, 3.0, 0.0, -5.0]] * 2, np.float32)
-    sampler = Sampler(vocab_size=6, device=CPU)
-    sampler.add(new_request(0, SamplingParams(temperature=0.0, logprobs=2)))
-    sampler.add(new_request(1, SamplingParams(temperature=0.0, logprobs=6)))
-    first, second = sampler.sample(np.arange(2), torch.from_numpy(logits)).logprobs
-    assert first.token_ids == (1, 1, 3) and first.ranks == (1, 1, 1)
-    assert second.token_ids == (1, 1, 3, 0, 2, 4, 5) and second.ranks == (1, 1, 1, 3, 4, 4, 6)
+def test_memory_does_not_grow_with_rows_and_is_had_after_a_warm_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    vocab_size, num_rows, chunk_logits = 8192, 96, 1 << 16
+    monkeypatch.setattr(sampler_module, "_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(sampler_module, "_SORTED_CHUNK_LOGITS", chunk_logits // 4)
+    sampler = Sampler(vocab_size=vocab_size, device=CPU)
+    warm_up = peak_bytes(lambda: sampler.warm_up(num_rows, dtype=torch.bfloat16), tmp_path)
+    logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits_bytes = logits.numel() * 2
+    assert warm_up < logits_bytes + 20 * chunk_logits
+    for sampling in (
+        SamplingParams(temperature=0.0, repetition_penalty=1.1),
+        SamplingParams(temperature=0.0, logprobs=20),
+        SamplingParams(min_p=0.1),
+        SamplingParams(top_k=50, top_p=0.9),
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_p=0.9, temperature=100.0),
+    ):
+        for i in range(num_rows):
+            sampler.add(new_request(i, sampling))
+        sampler.sample(np.arange(num_rows), logits)
+        step = peak_bytes(lambda: sampler.sample(np.arange(num_rows), logits), tmp_path)
+        assert 2 * chunk_logits < step <= warm_up - logits_bytes, sampling
+        sampler.forget(range(num_rows))
 
 
-def test_results_read_back_early_are_the_same(device: torch.device) -> None:
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(device)
-    logits[1, 7] = math.nan
-    results = []
-    for early in (False, True):
-        sampler = Sampler(vocab_size=50, device=device)
-        for i in range(3):
-            sampler.add(new_request(i, SamplingParams(logprobs=2)))
-        sampled = sampler.sample(np.arange(3), logits)
-        tokens = sampled.token_ids.tolist()
-        if early:
-            sampled.start_read_back()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            assert sampled.host_token_ids.tolist() == tokens and sampled.host_token_ids.dtype == np.int32
-        results.append((tokens, sampled.row_errors, sampled.logprobs))
-    assert results[0] == results[1] and results[0][0][1] == -1
+def test_greedy_rows_take_no_memory_of_the_vocabularys_size(tmp_path: Path) -> None:
+    sampler = Sampler(vocab_size=8192, device=CPU)
+    for i in range(96):
+        sampler.add(new_request(i, SamplingParams(temperature=0.0)))
+    logits = torch.zeros(96, 8192, dtype=torch.bfloat16)
+    assert peak_bytes(lambda: sampler.sample(np.arange(96), logits), tmp_path) < 8192
 
 
-def test_no_logprobs_asked_for() -> None:
-    sampler = Sampler(vocab_size=3, device=CPU)
-    sampler.add(new_request(0, SamplingParams()))
-    assert sampler.sample(np.arange(1), torch.zeros(1, 3)).logprobs is None
+@on_each_device
+def test_a_warm_up_leaves_no_trace(device: torch.device) -> None:
+    logits = np.random.default_rng(0).standard_normal((4, 700))
+
+    def tokens(num_warm_rows: int) -> list[list[int]]:
+        sampler = Sampler(vocab_size=700, device=device)
+        if num_warm_rows:
+            sampler.warm_up(num_warm_rows, dtype=torch.float32)
+        for i in range(4):
+            sampler.add(new_request(i, SamplingParams(top_p=0.8, repetition_penalty=1.4), prompt=range(i)))
+        return [run(sampler, range(4), logits) for _ in range(5)]
+
+    assert tokens(0) == tokens(1) == tokens(7)
 
 
 # Bad rows
@@ -549,6 +412,7 @@ def test_no_logprobs_asked_for() -> None:
     ],
     ids=["greedy", "top_p", "everything"],
 )
+@on_each_device
 def test_bad_rows_fail_alone(device: torch.device, sampling: SamplingParams) -> None:
     rng = np.random.default_rng(6)
     vocab_size = 1500
