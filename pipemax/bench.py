@@ -18,26 +18,26 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from pipemax.config import ConfigError
-from pipemax.observer import EngineGauges
-from pipemax.plan import Phase, StepPlan, StepResult
 from pipemax.report.html_report import JobOutcome
 from pipemax.report.job_record import JobRecord, RecordWishes
 from pipemax.request import SamplingParams
-from pipemax.scheduling.request_state import RequestState, RequestUpdate
+from pipemax.scheduling.request_state import RequestState
 from pipemax.target import check_target, is_same_file
+from pipemax.throughput_log import ThroughputLog
+
+if TYPE_CHECKING:
+    from pipemax.llm import LLM
 
 _WARM_UP_REQUESTS = 8
 _WARM_UP_TOKENS = 8
-# A decode step counts as steady with at least this share of the rows of the fullest one.
-_STEADY_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,67 +65,6 @@ def read_lengths(file: Path, *, num_prompts: int | None) -> list[LengthPair]:
     return rows
 
 
-class StepLog:
-    """EngineObserver that keeps what the summary needs of every step."""
-
-    def __init__(self, *, num_stages: int) -> None:
-        self.plans: dict[int, tuple[Phase, int, int]] = {}  # step to phase, rows, new tokens
-        self.results: list[StepResult] = []
-        self.most_gauges = EngineGauges(0, 0, 0, 0, 0, 0)
-        self._num_stages = num_stages
-
-    def on_submit(self, plan: StepPlan, *, now_seconds: float, gauges: EngineGauges) -> None:
-        self.plans[plan.step_id] = (plan.phase, plan.num_rows, plan.num_tokens)
-        names = EngineGauges.__slots__
-        self.most_gauges = EngineGauges(*(max(getattr(self.most_gauges, n), getattr(gauges, n)) for n in names))
-
-    def on_result(self, result: StepResult, updates: Sequence[RequestUpdate]) -> None:
-        self.results.append(result)
-
-    def steady_decode_tokens_per_second(self) -> float | None:
-        """Rows over time, of decode steps that follow another and are nearly as full as the fullest; None: no such."""
-        most = max((rows for phase, rows, _ in self.plans.values() if phase is Phase.DECODE), default=0)
-        rows_sum, seconds_sum = 0, 0.0
-        for before, result in zip(self.results[:-1], self.results[1:], strict=True):
-            phases = {self.plans[before.step_id][0], self.plans[result.step_id][0]}
-            rows = self.plans[result.step_id][1]
-            if phases == {Phase.DECODE} and rows >= _STEADY_SHARE * most:
-                rows_sum += rows
-                seconds_sum += result.finished_seconds - before.finished_seconds
-        return rows_sum / seconds_sum if seconds_sum > 0 else None
-
-    def phases(self) -> dict[str, dict[str, float]]:
-        """By phase: steps, rows and tokens a step, and seconds in which the last stage computed."""
-        table: dict[str, dict[str, float]] = {}
-        for result in self.results:
-            phase, rows, tokens = self.plans[result.step_id]
-            entry = table.setdefault(phase.value, {"steps": 0, "rows": 0, "tokens": 0, "compute_seconds": 0.0})
-            entry["steps"] += 1
-            entry["rows"] += rows
-            entry["tokens"] += tokens
-            entry["compute_seconds"] += result.timings[-1].compute_seconds
-        return table
-
-    def stages(self, wall_seconds: float) -> list[dict[str, float]]:
-        """Where each stage's time went, in seconds, and what it moved."""
-        table = []
-        for stage in range(self._num_stages):
-            timings = [result.timings[stage] for result in self.results]
-            entry = {
-                name: float(sum(getattr(timing, name) for timing in timings))
-                for name in (
-                    "compute_seconds",
-                    "window_wait_seconds",
-                    "activation_wait_seconds",
-                    "refill_bytes",
-                    "home_bytes",
-                )
-            }
-            busy = entry["compute_seconds"] + entry["window_wait_seconds"] + entry["activation_wait_seconds"]
-            table.append({**entry, "idle_seconds": max(0.0, wall_seconds - busy)})
-        return table
-
-
 def run_throughput(
     *,
     dataset_path: Path,
@@ -143,31 +82,68 @@ def run_throughput(
 
     lengths = read_lengths(dataset_path, num_prompts=num_prompts)
     _check_targets(dataset_path, {"--output-json": output_json, "--trace": wishes.trace, "--report": wishes.report})
-    max_tokens = max(row.output_tokens for row in lengths)
     settings = {**engine_settings, "skip_tokenizer_init": True}
     if settings.get("max_model_len") is None:
-        settings["max_model_len"] = max(row.prompt_tokens for row in lengths) + max_tokens
+        settings["max_model_len"] = longest_request_tokens(lengths)
     load_started_seconds = time.monotonic()
     with LLM(**settings) as llm:
         load_seconds = time.monotonic() - load_started_seconds
-        engine, capacity = llm.engine, llm.engine.executor.capacity
-        rng = np.random.default_rng(llm.seed)
-        warm_up = [LengthPair(16, _WARM_UP_TOKENS)] * _WARM_UP_REQUESTS
-        _run(llm, _requests(warm_up, llm.vocab_size, _WARM_UP_TOKENS, rng, first_id=0), warm_up)
-        requests = _requests(lengths, llm.vocab_size, max_tokens, rng, first_id=len(warm_up))
-        log = StepLog(num_stages=capacity.num_stages)
-        engine.observe(log)
         record = JobRecord(wishes)
-        record.watch(llm)
-        started_seconds = time.monotonic()
+        report = {
+            "load_seconds": load_seconds,
+            "start_up": llm.start_up,
+            **measure_throughput(llm, lengths, on_warm=lambda: record.watch(llm)),
+            "dataset": str(dataset_path),
+            "settings": {name: str(value) for name, value in settings.items()},
+            "environment": environment(),
+        }
+        print_throughput(report, stdout)
+        if output_json is not None:
+            output_json.write_text(json.dumps(report, indent=1) + "\n")
+        record.write(
+            JobOutcome(
+                title=f"{dataset_path.name} with {llm.model_name}",
+                total_rows=len(lengths),
+                answered_rows=len(lengths),
+                failed_rows=0,
+            )
+        )
+    return report
+
+
+def longest_request_tokens(lengths: Sequence[LengthPair]) -> int:
+    """The longest prompt and the longest answer together: nobody knows beforehand which prompt gets which answer."""
+    return max(row.prompt_tokens for row in lengths) + max(row.output_tokens for row in lengths)
+
+
+def measure_throughput(
+    llm: LLM, lengths: Sequence[LengthPair], *, on_warm: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """All requests at once through an engine that is idle, after a warm-up; what it took, as JSON values.
+
+    `on_warm` is called between the two.
+    """
+    engine, capacity = llm.engine, llm.engine.executor.capacity
+    max_tokens = max(row.output_tokens for row in lengths)
+    rng = np.random.default_rng(llm.seed)
+    warm_up = [LengthPair(16, _WARM_UP_TOKENS)] * _WARM_UP_REQUESTS
+    _run(llm, _requests(warm_up, llm, _WARM_UP_TOKENS, rng), warm_up)
+    requests = _requests(lengths, llm, max_tokens, rng)
+    memory = engine.scheduler.memory
+    left_before, restarted_before = memory.num_left, memory.num_restarted
+    log = ThroughputLog(capacity=capacity)
+    engine.observe(log)
+    on_warm()
+    started_seconds = time.monotonic()
+    try:
         _run(llm, requests, lengths)
-        wall_seconds = time.monotonic() - started_seconds
-        memory = engine.scheduler.memory
-        left, restarted = memory.num_left, memory.num_restarted
+    finally:
+        engine.stop_observing(log)
+    wall_seconds = time.monotonic() - started_seconds
     prompt_tokens = sum(row.prompt_tokens for row in lengths)
     output_tokens = sum(row.output_tokens for row in lengths)
     gauges = log.most_gauges
-    report = {
+    return {
         "requests": len(lengths),
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
@@ -177,9 +153,7 @@ def run_throughput(
         "requests_per_second": len(lengths) / wall_seconds,
         "output_tokens_per_second": output_tokens / wall_seconds,
         "total_tokens_per_second": (prompt_tokens + output_tokens) / wall_seconds,
-        "steady_decode_tokens_per_second": log.steady_decode_tokens_per_second(),
-        "load_seconds": load_seconds,
-        "start_up": llm.start_up,
+        "steady_decode": log.steady_decode(),
         "phases": log.phases(),
         "stages": log.stages(wall_seconds),
         "blocks": {
@@ -190,24 +164,9 @@ def run_throughput(
             "most_resident": gauges.resident_blocks,
             "most_home": gauges.home_blocks,
         },
-        "requests_left_batch": left,
-        "requests_restarted": restarted,
-        "dataset": str(dataset_path),
-        "settings": {name: str(value) for name, value in settings.items()},
-        "environment": _environment(),
+        "requests_left_batch": memory.num_left - left_before,
+        "requests_restarted": memory.num_restarted - restarted_before,
     }
-    _print(report, stdout)
-    if output_json is not None:
-        output_json.write_text(json.dumps(report, indent=1) + "\n")
-    record.write(
-        JobOutcome(
-            title=f"{dataset_path.name} with {llm.model_name}",
-            total_rows=len(lengths),
-            answered_rows=len(lengths),
-            failed_rows=0,
-        )
-    )
-    return report
 
 
 def _check_targets(dataset: Path, targets: Mapping[str, Path | None]) -> None:
@@ -223,14 +182,13 @@ def _check_targets(dataset: Path, targets: Mapping[str, Path | None]) -> None:
         taken[flag] = path
 
 
-def _requests(
-    lengths: Sequence[LengthPair], vocab_size: int, max_tokens: int, rng: np.random.Generator, *, first_id: int
-) -> list[RequestState]:
+def _requests(lengths: Sequence[LengthPair], llm: LLM, max_tokens: int, rng: np.random.Generator) -> list[RequestState]:
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    first_id = llm.take_request_ids(len(lengths))
     return [
         RequestState(
             request_id=first_id + index,
-            prompt_token_ids=rng.integers(0, vocab_size, row.prompt_tokens, dtype=np.int32),
+            prompt_token_ids=rng.integers(0, llm.vocab_size, row.prompt_tokens, dtype=np.int32),
             sampling=sampling,
             seed=index,
             stop_token_ids=frozenset(),
@@ -240,7 +198,7 @@ def _requests(
     ]
 
 
-def _run(llm: Any, requests: Sequence[RequestState], lengths: Sequence[LengthPair]) -> None:
+def _run(llm: LLM, requests: Sequence[RequestState], lengths: Sequence[LengthPair]) -> None:
     """All requests at once; each is ended when it has its length."""
     engine = llm.engine
     left = {request.request_id: row.output_tokens for request, row in zip(requests, lengths, strict=True)}
@@ -264,7 +222,8 @@ def _run(llm: Any, requests: Sequence[RequestState], lengths: Sequence[LengthPai
         engine.step()
 
 
-def _environment() -> dict[str, str | None]:
+def environment() -> dict[str, str | None]:
+    """What a figure was measured on, with and when."""
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -289,16 +248,29 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _print(report: Mapping[str, Any], stdout: TextIO) -> None:
-    steady = report["steady_decode_tokens_per_second"]
+def print_throughput(report: Mapping[str, Any], stdout: TextIO) -> None:
+    steady = report["steady_decode"]
     lines = [
         f"{report['requests']} requests, {report['prompt_tokens']} prompt and {report['output_tokens']} output tokens "
         f"(lengths hidden from the scheduler) in {report['wall_seconds']:.2f} s; loading took "
         f"{report['load_seconds']:.1f} s",
         f"Throughput: {report['requests_per_second']:.2f} requests/s, {report['total_tokens_per_second']:.0f} total "
         f"tokens/s, {report['output_tokens_per_second']:.0f} output tokens/s",
-        "Steady decode: " + ("no full decode steps" if steady is None else f"{steady:.0f} tokens/s"),
     ]
+    if steady is None:
+        lines.append("Steady decode: no full decode steps that follow each other")
+    else:
+        lines.append(
+            f"Steady decode: {steady['tokens_per_second']:.0f} tokens/s over {steady['steps']} steps of "
+            f"{steady['rows_per_step']:.1f} rows and {1e3 * steady['seconds_per_step']:.2f} ms"
+        )
+        lines += [
+            f"  stage {stage}: computes {entry['compute_share']:.1%} of the time, waits for the window "
+            f"{entry['window_wait_share']:.2%}, for input {entry['activation_wait_share']:.2%}; "
+            + ("no refill" if rate is None else f"refills at {rate / 1e9:.1f} GB/s while it does")
+            for stage, entry in enumerate(steady["stages"])
+            for rate in [entry["refill_bytes_per_second"]]
+        ]
     for phase, entry in report["phases"].items():
         steps = entry["steps"]
         lines.append(

@@ -38,6 +38,10 @@ class Engine:
         """From now on `observer` is told of plans and results."""
         self._observers.append(observer)
 
+    def stop_observing(self, observer: EngineObserver) -> None:
+        """From now on it is not."""
+        self._observers.remove(observer)
+
     def add_request(self, request: RequestState) -> None:
         self.scheduler.add_request(request)
 

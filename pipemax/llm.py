@@ -198,6 +198,11 @@ class LLM(TextGenerator):
         """The engine underneath, for those who measure or drive it themselves."""
         return self._engine
 
+    def take_request_ids(self, count: int) -> int:
+        """The first of that many ids that no request of this engine has or will get: for those who drive it."""
+        first_id, self._next_id = self._next_id, self._next_id + count
+        return first_id
+
     @property
     def vocab_size(self) -> int:
         """Prompt token ids are below this."""
@@ -251,7 +256,7 @@ class LLM(TextGenerator):
     def _submit(self, request: GenerationRequest, live: dict[int, _Live]) -> RequestOutput | None:
         """Queues one request, or gives the output that says why not."""
         text = request.prompt if isinstance(request.prompt, str) else None
-        request_id, self._next_id = self._next_id, self._next_id + 1
+        request_id = self.take_request_ids(1)
         token_ids: list[int] = []
         try:
             token_ids = self._encode(request)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from pipemax.bench import LengthPair, StepLog, read_lengths
+from pipemax.bench import LengthPair, read_lengths
 from pipemax.cli import main
 from pipemax.config import ConfigError
-from pipemax.observer import EngineGauges
-from pipemax.plan import Phase, StageTiming, StepResult
 from pipemax.target import check_target
-from tests.executor.plans import Row, make_plan
 from tests.worker.families import save_model
 
 LENGTHS = [(30, 10), (5, 40), (60, 7), (12, 25), (1, 1)]
@@ -105,40 +100,3 @@ def test_without_permission_nothing_is_begun(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path.resolve())
     with pytest.raises(ConfigError, match="no permission to write in"):
         check_target("--trace", tmp_path / "trace.json")
-
-
-def logged(steps: list[tuple[int, int, float]]) -> StepLog:
-    """A log of (rows, new tokens a row, end in seconds); one stage that computed for half of every second."""
-    log = StepLog(num_stages=1)
-    for step_id, (num_rows, num_new, end_seconds) in enumerate(steps):
-        rows = [Row(i, 0 if num_new > 1 else 8, num_new, [i, i + 100, i + 200]) for i in range(num_rows)]
-        plan = make_plan(step_id, rows)
-        plan = dataclasses.replace(plan, phase=Phase.PREFILL if num_new > 1 else Phase.DECODE)
-        log.on_submit(plan, now_seconds=0.0, gauges=EngineGauges(0, 0, num_rows, 2 * num_rows, 0, num_rows))
-        timing = StageTiming(end_seconds - 0.5, 0.5, 0.0, 0.0, 3, 5)
-        tokens = np.zeros(num_rows, np.int32)
-        log.on_result(StepResult(step_id, 0, plan.request_ids, tokens, None, {}, end_seconds, (timing,)), [])
-    return log
-
-
-def test_the_steady_rate_looks_at_full_decode_steps_that_follow_each_other():
-    steps = [(10, 5, 1.0), (10, 1, 3.0), (10, 1, 4.0), (9, 1, 5.0), (4, 1, 5.1), (1, 5, 9.0), (10, 1, 20.0)]
-    # Steps 2 and 3: 19 rows in two seconds. The first decode step follows prefill, the fifth is not full.
-    assert logged(steps).steady_decode_tokens_per_second() == pytest.approx(9.5)
-    assert logged(steps[:2]).steady_decode_tokens_per_second() is None
-
-
-def test_phases_and_stages_add_up_what_was_seen():
-    log = logged([(2, 5, 1.0), (3, 1, 2.0), (1, 1, 3.0)])
-    assert log.phases() == {
-        "prefill": {"steps": 1, "rows": 2, "tokens": 10, "compute_seconds": 0.5},
-        "decode": {"steps": 2, "rows": 4, "tokens": 4, "compute_seconds": 1.0},
-    }
-    stage = log.stages(wall_seconds=4.0)[0]
-    assert (stage["compute_seconds"], stage["idle_seconds"], stage["refill_bytes"], stage["home_bytes"]) == (
-        1.5,
-        2.5,
-        9,
-        15,
-    )
-    assert (log.most_gauges.num_running, log.most_gauges.resident_blocks) == (3, 6)

@@ -97,6 +97,8 @@ def _check(
     needed = 1 if wishes.max_model_len is None else -(-wishes.max_model_len // wishes.block_size)
     request = f"one request of {wishes.max_model_len or 1} tokens (max_model_len) needs {needed} KV blocks"
     if device_blocks < needed:
+        if device_blocks < 1:
+            raise ConfigError("weights leave no room for KV blocks on the device: raise pipeline_parallel_size")
         how = "raise num_device_blocks" if wishes.num_device_blocks is not None else "the free memory sets that number"
         fitting = device_blocks * wishes.block_size
         raise ConfigError(

@@ -8,6 +8,7 @@ of gigabytes. Never here: what the memory is for, how much is wanted (`executor/
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,9 @@ class HostMemory:
                 "this process may still take (free memory, cut by its control group's limit): lower host_memory_gib"
             )
         self._mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            # Pages of 2 MiB: 512 times fewer to touch, to register and, at the end, to give back.
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
         touch_pages(self._mapping)
         self.tensor: Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._registered: list[int] = []

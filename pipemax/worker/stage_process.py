@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -142,8 +142,11 @@ def run_stage_process(
 
 def _fail(error: BaseException, reports: _Reports) -> NoReturn:
     """Says why and ends the process; from any thread."""
+    message = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        message = f"{_first_sentence(error)}: lower gpu_memory_utilization, max_num_batched_tokens or max_num_seqs"
     failure = StageFailure(
-        message=str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}",
+        message=message,
         traceback="".join(traceback.format_exception(error)),
         config_error=isinstance(error, ConfigError),
         is_echo=isinstance(error, LinkError),
@@ -168,17 +171,22 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
         medium=choose_medium(device.torch_device, shares_devices=settings.cuda.shares_devices),
     )
     start_up.begin("loading weights")
-    model = StageModel.load(
-        model_dir=settings.model_dir,
-        stage=stage,
-        load_format=settings.load_format,
-        dtype=settings.dtype,
-        device=device.torch_device,
-        seed=settings.seed,
-        trust_remote_code=settings.trust_remote_code,
-        max_model_len=settings.max_model_len,
-    )
-    backend, free_device_bytes = _prepare(settings, model, start_up)
+    layers = f"layers {stage.layers.start} to {stage.layers.stop - 1}"
+    with _shortage_told(
+        f"{layers} and a step of {settings.max_num_batched_tokens} tokens",
+        "raise pipeline_parallel_size, or lower max_num_batched_tokens",
+    ):
+        model = StageModel.load(
+            model_dir=settings.model_dir,
+            stage=stage,
+            load_format=settings.load_format,
+            dtype=settings.dtype,
+            device=device.torch_device,
+            seed=settings.seed,
+            trust_remote_code=settings.trust_remote_code,
+            max_model_len=settings.max_model_len,
+        )
+        backend, free_device_bytes = _prepare(settings, model, start_up)
     geometry = model.spec.kv_geometry(block_size=settings.block_size, dtype_bytes=model.dtype.itemsize)
     reports.send(StageLoaded(geometry.block_bytes(stage.layers), free_device_bytes))
     start_up.begin("waiting for the other stages to load")
@@ -187,7 +195,8 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
     start_up.begin("allocating KV memory")
     store = _allocate(size, geometry, stage.layers, model.dtype, device)
     start_up.begin("capturing decode steps")
-    decode_graphs = _capture_decode(settings, model, backend, store, scratch_slot=size.num_device_blocks)
+    with _shortage_told("captured decode steps", "lower gpu_memory_utilization or num_device_blocks"):
+        decode_graphs = _capture_decode(settings, model, backend, store, scratch_slot=size.num_device_blocks)
     worker = StageWorker(
         stage=stage,
         model=model,
@@ -206,6 +215,20 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
         _run_plans(worker, inbox, _start_reporter(reports), pulse)
 
 
+@contextlib.contextmanager
+def _shortage_told(what: str, remedy: str) -> Iterator[None]:
+    """When the GPU's memory runs out inside, that is a ConfigError which says what did not fit and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"{what} do not fit on the GPU ({_first_sentence(error)}): {remedy}") from error
+
+
+def _first_sentence(error: BaseException) -> str:
+    """Of torch's message, which goes on for a paragraph."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+
+
 def _allocate(size: KVSize, geometry: KVGeometry, layers: range, dtype: torch.dtype, device: Device) -> KVStore:
     """Raises ConfigError when memory that was free a moment ago is not to be had."""
     try:
@@ -221,10 +244,9 @@ def _allocate(size: KVSize, geometry: KVGeometry, layers: range, dtype: torch.dt
         )
     except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError and the CPU allocator's are the last
         blocks = f"{size.num_device_blocks:,} blocks on the device and {size.num_host_blocks:,} in host memory"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"KV memory for {blocks} cannot be had: lower num_device_blocks (or gpu_memory_utilization) or "
-            f"host_memory_gib ({reason})"
+            f"host_memory_gib ({_first_sentence(error)})"
         ) from error
 
 

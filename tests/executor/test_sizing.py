@@ -46,6 +46,11 @@ def test_gpus_get_what_the_fullest_one_has_left_for_kv() -> None:
     assert size(WISHES, free_device_bytes=[100 * MIB, 1000 * MIB]) == [100, 12, 512]
 
 
+def test_a_gpu_that_the_weights_fill_is_said_so() -> None:
+    with pytest.raises(ConfigError, match="weights leave no room for KV blocks on the device: raise pipeline_parallel"):
+        size(WISHES, free_device_bytes=[0, 1000 * MIB])
+
+
 def test_numbers_that_were_asked_for_are_kept() -> None:
     asked = replace(WISHES, num_device_blocks=100, num_window_blocks=30, host_memory_gib=1.0)
     assert size(asked) == [100, 30, 256]
