@@ -21,7 +21,9 @@ from pipemax.cuda_options import AttentionChoice, CudaOptions
 from pipemax.worker.attention_hook import LayerPools, StepContext
 from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.layer_ops import FlashInferOps, LayerOps, TorchOps
+from pipemax.worker.sampler import Sampler
 from pipemax.worker.stage_model import StageModel
+from pipemax.worker.transport import MAX_UNFINISHED_SENDS
 
 # For what the warm-up does not show: memory that falls between pieces of other sizes, workspaces of further attention
 # variants; and decode graphs, captured when KV is in place (measured: 4.3 MiB a layer).
@@ -126,16 +128,20 @@ class _NoAttention:
 def run_largest_step(model: StageModel, *, num_tokens: int, num_rows: int) -> None:
     """Runs one step of that size, without attention, so that the allocator has what such a step needs."""
     nothing = _NoAttention()
-    is_first = model.stage.is_first
-    ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
-    hidden_TH = None if is_first else torch.zeros(num_tokens, model.hidden_size, dtype=model.dtype, device=model.device)
+    stage, device = model.stage, model.device
+    shape, dtype = (num_tokens, model.hidden_size), model.dtype
+    # Activations of the steps before that may still be on their way to the next stage.
+    num_under_way = 0 if stage.is_last else MAX_UNFINISHED_SENDS
+    under_way = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_under_way)]
+    ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     output_TH = model.forward(
-        input_ids_T=ids_T if is_first else None,
-        hidden_TH=hidden_TH,
+        input_ids_T=ids_T if stage.is_first else None,
+        hidden_TH=None if stage.is_first else torch.zeros(shape, dtype=dtype, device=device),
         positions_T=torch.zeros_like(ids_T),
         step_context=StepContext(nothing, nothing, nothing),
     )
-    if model.stage.is_last:
-        logits_SV = model.logits(output_TH[:num_rows])
-        logits_SV.max(dim=1)
-    torch.cuda.synchronize(model.device)
+    under_way.clear()
+    if stage.is_last:
+        model.logits(output_TH[:num_rows])
+        Sampler(vocab_size=model.spec.vocab_size, device=device).warm_up(num_rows, dtype=dtype)
+    torch.cuda.synchronize(device)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-import resource
+import pickle
 import signal
 import subprocess
 import sys
@@ -261,19 +262,29 @@ def test_results_that_were_complete_come_before_the_error(model_dir: Path, no_st
         executor.wait()
 
 
-def test_the_stage_that_failed_is_told_from_those_whose_links_broke(model_dir: Path, no_stage_left: None) -> None:
-    """Only the last stage gets no more memory; the others fail at the same time, over links to one that is gone."""
+def test_the_stage_that_failed_is_told_from_those_whose_links_broke(
+    model_dir: Path, no_stage_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the last stage gets a plan that cannot be; the others fail right after, over links to one that is gone."""
     executor = start(model_dir, num_stages=3)
     executor.submit(make_plan(0, [Row(0, 0, 3, [0])], new=[new_request(0, list(range(3, 59)))]))
     executor.wait()
-    pid = stage_process(2).pid
-    used_bytes = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(pid, resource.RLIMIT_AS, (used_bytes, used_bytes))
-    executor.submit(make_plan(1, [Row(0, 3, 53, list(range(14)))]))
-    executor.submit(make_plan(2, [Row(0, 56, 1, list(range(15)))]))
-    with pytest.raises(ExecutorError, match=r"^stage 2 failed: ") as caught:
+    rows = [Row(0, 3, 53, list(range(14)))]
+    impossible = pickle.dumps(make_plan(1, rows, write_home=[(99, 0)]))
+
+    def send(plan: bytes) -> None:
+        for stage in executor._stages._stages:
+            stage.control.send_bytes(impossible if stage.index == 2 else plan)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(executor._stages, "send", send)
+        executor.submit(make_plan(1, rows))
+    for step_id in (2, 3, 4):
+        with contextlib.suppress(ExecutorError):
+            executor.submit(make_plan(step_id, [Row(0, 54 + step_id, 1, list(range(15)))]))
+    with pytest.raises(ExecutorError, match=r"^stage 2 failed: AssertionError: step 1: a slot") as caught:
         executor.wait()
-    assert "memory" in caught.value.details
+    assert "transfer.py" in caught.value.details
 
 
 def test_an_echo_is_not_taken_for_the_cause() -> None:
