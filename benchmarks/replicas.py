@@ -35,6 +35,7 @@ def settings(args: argparse.Namespace, num_replicas: int) -> dict[str, Any]:
     """The memory of each replica is the same whatever their number."""
     common = {
         "device": args.device,
+        "load_format": args.load_format,
         "data_parallel_size": num_replicas,
         "pipeline_parallel_size": args.pipeline_parallel_size,
         "max_num_seqs": args.max_num_seqs,
@@ -71,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of a stage, on a CPU")
