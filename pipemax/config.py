@@ -94,7 +94,7 @@ class EngineConfig:
     phase_policy: PhasePolicyName = PhasePolicyName.AUTO
     threads_per_stage: int | None = None
     stall_seconds: float = DEFAULT_STALL_SECONDS
-    gpu_memory_utilization: float = 0.98
+    gpu_memory_utilization: float = 0.995
     attention_backend: AttentionChoice = AttentionChoice.AUTO
     fused_layers: bool = True
     cuda_graphs: bool = True

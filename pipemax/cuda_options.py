@@ -18,7 +18,7 @@ class AttentionChoice(enum.StrEnum):
 class CudaOptions:
     """Named and meant as in `EngineConfig`."""
 
-    gpu_memory_utilization: float = 0.98
+    gpu_memory_utilization: float = 0.995
     attention_backend: AttentionChoice = AttentionChoice.AUTO
     fused_layers: bool = True
     cuda_graphs: bool = True

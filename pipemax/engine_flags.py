@@ -100,7 +100,7 @@ _FLAGS = {
         _KV,
         "GIB",
         "Host memory for KV blocks, all stages of all pipelines together.",
-        default="a quarter of what is free",
+        default="of what is free 40 %, without GPUs a quarter",
     ),
     "gpu_memory_utilization": _Flag(
         _GPU, "SHARE", "Of each GPU's memory, what weights, KV cache and the rest may take together."

@@ -15,8 +15,10 @@ from pipemax.config import ConfigError, KVOffload
 from pipemax.plan import Capacity
 
 GIB = 1024**3
-# Of host memory that is free once weights are loaded; the rest is for activations and for everything else on the host.
-_HOST_SHARE = 0.25
+# Of host memory that is free once weights are loaded: for homes, and on CPUs as much again for "device" pools. The rest
+# is for activations and for everything else on the host.
+_HOST_SHARE = 0.4
+_HOST_SHARE_OF_CPUS = 0.25
 # A CPU's "device" pool is host memory too: no more than its batches fill with requests of this many tokens.
 _TOKENS_A_ROW = 512
 
@@ -49,18 +51,19 @@ def size_kv(
     Raises ConfigError when one request of `max_model_len` does not fit, or when more is asked for than is free.
     """
     block_bytes = sum(stage_block_bytes)
+    host_share = _HOST_SHARE_OF_CPUS if free_device_bytes is None else _HOST_SHARE
     device_blocks = wishes.num_device_blocks
     if device_blocks is None and free_device_bytes is not None:
         pairs = zip(free_device_bytes, stage_block_bytes, strict=True)
         device_blocks = min(free // stage_bytes for free, stage_bytes in pairs)
     elif device_blocks is None:
         wanted = wishes.num_batches * wishes.max_num_seqs * -(-_TOKENS_A_ROW // wishes.block_size)
-        device_blocks = min(wanted, int(free_host_bytes * _HOST_SHARE) // block_bytes)
+        device_blocks = min(wanted, int(free_host_bytes * host_share) // block_bytes)
     window_blocks = wishes.num_window_blocks
     if window_blocks is None:
         window_blocks = device_blocks // 8 if wishes.num_batches > 1 and wishes.offload is KVOffload.ON else 0
     host_gib = wishes.host_memory_gib
-    host_blocks = int(free_host_bytes * _HOST_SHARE if host_gib is None else host_gib * GIB) // block_bytes
+    host_blocks = int(free_host_bytes * host_share if host_gib is None else host_gib * GIB) // block_bytes
     if wishes.offload is KVOffload.OFF:
         if window_blocks:
             raise ConfigError("num_window_blocks is for blocks that travel: set it to 0, or kv_offload to on")

@@ -42,8 +42,8 @@ def test_a_cpu_gets_what_its_batches_fill_or_a_quarter_of_what_is_free() -> None
 
 
 def test_gpus_get_what_the_fullest_one_has_left_for_kv() -> None:
-    assert size(WISHES, free_device_bytes=[1000 * MIB, 1000 * MIB]) == [333, 41, 512]
-    assert size(WISHES, free_device_bytes=[100 * MIB, 1000 * MIB]) == [100, 12, 512]
+    assert size(WISHES, free_device_bytes=[1000 * MIB, 1000 * MIB]) == [333, 41, 819]
+    assert size(WISHES, free_device_bytes=[100 * MIB, 1000 * MIB]) == [100, 12, 819]
 
 
 def test_a_gpu_that_the_weights_fill_is_said_so() -> None:
