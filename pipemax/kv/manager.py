@@ -86,7 +86,8 @@ class KVManager:
     def release(self, request_id: int) -> None:
         """The request is over (or starts anew): all its blocks are free.
 
-        Steps submitted earlier may still touch them; they run before any step that could use them again.
+        Steps submitted earlier may still touch them; they run before any step that could use them again. What the
+        refill being composed was to bring for it stays at home.
         """
         table = self._tables.pop(request_id)
         for slot in table.slots.tolist():
@@ -96,6 +97,8 @@ class KVManager:
             self.host.free(home)
         self.window.forget(table)
         self._going_home = [entry for entry in self._going_home if entry[0] is not table]
+        if self._promoted:
+            self._promoted = {key: slot for key, slot in self._promoted.items() if key[0] != request_id}
 
     # -- going home ----------------------------------------------------------------------------------------------------
 
