@@ -39,6 +39,7 @@ from pipemax.model_spec import ModelSpec
 from pipemax.planning.report import run_json
 from pipemax.planning.simulate import Misestimate, PipelineSettings, plan_pipeline, simulate_pipeline
 from pipemax.scheduling.balancer import Balancer
+from pipemax.scheduling.turns import Turns
 
 HERE = Path(__file__).parent
 GPUS = ("rtx-4090", "rtx-5090", "l20")
@@ -66,12 +67,20 @@ class NoBalance(Balancer):
         return True
 
 
+class NoTurns(Turns):
+    """Whoever has joined a batch runs to its end, oldest first."""
+
+    def are_taken(self, *, num_waiting: int, num_ready: int, free_homes: int, growth_blocks: int) -> bool:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Ablation:
     """One thing off. `estimates_off` makes the machine differ from what the scheduler believes."""
 
     settings: PipelineSettings
     balanced: bool = True
+    in_turns: bool = True
     estimates_off: Misestimate | None = None
 
 
@@ -81,6 +90,7 @@ ABLATIONS = {
     "no offloading": Ablation(dataclasses.replace(FULL, kv_offload=KVOffload.OFF)),
     "no window: host memory for waiting requests only": Ablation(dataclasses.replace(FULL, num_window_blocks=0)),
     "no balance": Ablation(FULL, balanced=False),
+    "no turns at the end": Ablation(FULL, in_turns=False),
     "phases apart always": Ablation(dataclasses.replace(FULL, phase_policy=PhasePolicyName.DISAGGREGATED)),
     "phases mixed always": Ablation(dataclasses.replace(FULL, phase_policy=PhasePolicyName.MIXED)),
     "no asynchronous scheduling": Ablation(dataclasses.replace(FULL, async_scheduling=False)),
@@ -100,7 +110,8 @@ def workload(trace: str, max_requests: int | None) -> tuple[RequestLengths, ...]
 def run_pipeline(spec: ModelSpec, gpu: str, requests: Sequence[RequestLengths], ablation: Ablation) -> dict[str, Any]:
     server = server_profile(gpu, NUM_GPUS)
     unbalanced = nullcontext() if ablation.balanced else patch("pipemax.control_plane.Balancer", NoBalance)
-    with unbalanced:
+    to_the_end = nullcontext() if ablation.in_turns else patch("pipemax.control_plane.Turns", NoTurns)
+    with unbalanced, to_the_end:
         run = simulate_pipeline(
             model=spec,
             server=server,

@@ -9,6 +9,7 @@ from pipemax.scheduling.balancer import Balancer
 from pipemax.scheduling.output_length import OutputLengthEstimate
 from pipemax.scheduling.phase import Auto, Disaggregated, Mixed, PhasePolicy
 from pipemax.scheduling.scheduler import Scheduler
+from pipemax.scheduling.turns import Turns
 
 
 def build_scheduler(
@@ -36,6 +37,7 @@ def build_scheduler(
             max_num_batched_tokens=max_num_batched_tokens,
         ),
         balancer=Balancer(num_batches=num_batches, max_rows=max_num_seqs),
+        turns=Turns(),
         forecast=forecast,
         output_length=OutputLengthEstimate(),
         offload=kv_offload,

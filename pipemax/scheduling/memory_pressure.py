@@ -10,9 +10,10 @@ When the device runs short, in this order:
 
 A request that joins a batch takes no room from a prompt that is half-way, and leaves it what it still wants. And
 when host memory itself is full, or the device without offloading, the youngest request is restarted: its KV is
-given up and computed again. Nobody yields to a younger request, and a request alone always fits
-(`Scheduler.add_request`), so the oldest always comes through and nothing deadlocks. A row that finds no slot this
-time *stalls*; until it has been served nobody joins and nothing is prefilled.
+given up and computed again. For lack of memory nobody yields to a younger request, and a request alone always fits
+(`Scheduler.add_request`), so the oldest always comes through and nothing deadlocks. (Who yields in `turns.py` has had
+its quantum of tokens, and does so only while homes are free.) A row that finds no slot this time *stalls*; until it
+has been served nobody joins and nothing is prefilled.
 """
 
 from __future__ import annotations
@@ -97,6 +98,23 @@ class MemoryPressure:
     def growth_reserve(self) -> int:
         """Slots that running requests will want within a step or two: joiners leave them free."""
         return -(-self._population.num_running // self._kv.block_size)
+
+    def growth_to_end(self) -> int:
+        """Homes that running requests, and one that joins, are expected to want until they end.
+
+        What has run for long is expected to go on for as long as a new one.
+        """
+        mean_blocks = self._kv.blocks_for(max(1, round(self._output_length.mean_tokens)))
+        return (self._population.num_running + 1) * mean_blocks
+
+    def travel_beside(self, batch_id: int, requests: Iterable[RequestState]) -> Iterator[RequestState]:
+        """The first of the requests, in no batch, that the link can bring together with what the batch lacks."""
+        left = self._budget.left(self._refill_blocks + self._batch_absent[batch_id])
+        for request in requests:
+            left -= self._kv.tables[request.request_id].num_absent
+            if left < 0:
+                return
+            yield request
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -219,8 +237,7 @@ class MemoryPressure:
         room = table.num_blocks * kv.block_size - request.num_computed
         num_new = min(at_most, room + max(0, new_blocks) * kv.block_size)
         if kv.device.num_free < fixed or num_new <= 0:
-            stuck = kv.offload is KVOffload.OFF and not self._population.num_running and not self._rows
-            if stuck and self._restart_youngest(sparing=request, younger_than=request):
+            if self._is_stuck(request, room) and self._restart_youngest(sparing=request, younger_than=request):
                 return self.admit(request, at_most=at_most, keep_free=keep_free)
             return 0
         full = [block for block in table.absent_blocks().tolist() if block != tail]
@@ -231,6 +248,16 @@ class MemoryPressure:
         self._grow(request, request.num_computed + num_new)
         self._take_row(request, absent=table.num_absent, promoted_blocks=len(promoted))
         return num_new
+
+    def _is_stuck(self, request: RequestState, room: int) -> bool:
+        """Nothing will make room by itself for a request that found none: `room` tokens are left in its blocks."""
+        if self._population.num_running or self._rows:
+            return False
+        if self._kv.offload is KVOffload.OFF:
+            return True
+        # A prompt that is half-way starts nobody over while READY requests might run.
+        first = request.status is Status.READY or not self._population.ready
+        return first and not room and not self._kv.host.num_free
 
     def join(self, request: RequestState, batch_id: int) -> None:
         """The request becomes a member of a batch: what it has on the device is no leftover."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
+from typing import Any
 
 from pipemax.scheduling.request_state import RequestState, Status
 
@@ -11,13 +13,21 @@ def _age(request: RequestState) -> int:
     return request.request_id
 
 
+def _outputs(request: RequestState) -> tuple[int, int]:
+    return request.num_outputs, request.request_id
+
+
 class Population:
-    """Live requests. `waiting` and `ready` are in order of age, `batches[b]` maps request ids to members."""
+    """Live requests. `waiting` and `ready` are in order of age, `batches[b]` maps request ids to members.
+
+    `ready_by_outputs` has the READY ones again, those with the fewest outputs first.
+    """
 
     def __init__(self, *, num_batches: int) -> None:
         self.requests: dict[int, RequestState] = {}
         self.waiting: list[RequestState] = []
         self.ready: list[RequestState] = []
+        self.ready_by_outputs: list[RequestState] = []
         self.batches: list[dict[int, RequestState]] = [{} for _ in range(num_batches)]
 
     @property
@@ -34,10 +44,12 @@ class Population:
         self._take_out(request)
         request.status = Status.READY
         bisect.insort(self.ready, request, key=_age)
+        bisect.insort(self.ready_by_outputs, request, key=_outputs)
 
     def join(self, request: RequestState, batch_id: int) -> None:
         self._take_out(request)
         request.status, request.batch_id = Status.RUNNING, batch_id
+        request.outputs_at_join = request.num_outputs
         self.batches[batch_id][request.request_id] = request
 
     def make_waiting(self, request: RequestState) -> None:
@@ -59,8 +71,14 @@ class Population:
             assert request.batch_id is not None
             del self.batches[request.batch_id][request.request_id]
             request.batch_id = None
-        elif request.status is not Status.DRAINING:
-            queue = self.waiting if request.status is Status.WAITING else self.ready
-            index = bisect.bisect_left(queue, request.request_id, key=_age)
-            assert queue[index] is request
-            del queue[index]
+        elif request.status is Status.READY:
+            _delete(self.ready, request, key=_age)
+            _delete(self.ready_by_outputs, request, key=_outputs)
+        elif request.status is Status.WAITING:
+            _delete(self.waiting, request, key=_age)
+
+
+def _delete(queue: list[RequestState], request: RequestState, *, key: Callable[[RequestState], Any]) -> None:
+    index = bisect.bisect_left(queue, key(request), key=key)
+    assert queue[index] is request
+    del queue[index]

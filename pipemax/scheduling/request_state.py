@@ -32,6 +32,7 @@ class RequestState:
     max_outputs          most tokens to generate: max_tokens and the model's length, whichever is less
     num_computed         tokens whose KV exists once every submitted step has run
     num_outputs          sampled tokens once every submitted step has run
+    outputs_at_join      of those, what it had when it joined a batch last
     last_sample_step     the step that samples its newest token; -1 before the first
     reserved_blocks      home blocks that admission counts for it
     """
@@ -47,6 +48,7 @@ class RequestState:
     announced: bool = False
     num_computed: int = 0
     num_outputs: int = 0
+    outputs_at_join: int = 0
     last_sample_step: int = -1
     output_token_ids: list[int] = field(default_factory=list)
     reserved_blocks: int = 0

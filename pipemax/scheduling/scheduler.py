@@ -17,7 +17,9 @@ What memory is for whom is decided in `memory_pressure.py`; the books are `kv/ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import filterfalse
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +38,7 @@ from pipemax.scheduling.output_length import OutputLengthEstimate
 from pipemax.scheduling.phase import PhasePolicy, PhaseView
 from pipemax.scheduling.population import Population
 from pipemax.scheduling.request_state import RequestState, RequestUpdate, Status
+from pipemax.scheduling.turns import Turns
 
 # The window is changed when it is off by more than this share: a slot more or less is not worth a change.
 _WINDOW_TOLERANCE = 0.05
@@ -51,6 +54,7 @@ class SchedulerStats:
     output_tokens: int = 0
     blocks_sent_home: int = 0
     blocks_refilled: int = 0
+    num_turns: int = 0  # that members of batches ended for others'
 
 
 class _Row(NamedTuple):
@@ -82,6 +86,7 @@ class Scheduler:
         max_plans_per_batch: int,
         phase_policy: PhasePolicy,
         balancer: Balancer,
+        turns: Turns,
         forecast: Forecast,
         output_length: OutputLengthEstimate,
         offload: KVOffload,
@@ -92,6 +97,7 @@ class Scheduler:
         self._max_plans_per_batch = max_plans_per_batch
         self._phase_policy = phase_policy
         self._balancer = balancer
+        self._turns = turns
         self._forecast = forecast
         self._budget = PrefetchBudget(blocks_per_step=capacity.num_window_blocks)
         self._output_length = output_length
@@ -376,16 +382,38 @@ class Scheduler:
         members = [batch[request_id] for request_id in sorted(batch)]
         for request in members[target:]:
             memory.leave(request)
-        memory.make_device_room_for_rows(members[:target], batch_id=batch_id)
-        rows += [_Row(request, 1, samples=True) for request in memory.extend_rows(members[:target])]
+        members = members[:target]
+        in_turns = self._are_in_turns()
+        if in_turns:
+            coming = memory.travel_beside(batch_id, filterfalse(self._is_recent, population.ready_by_outputs))
+            for request in self._turns.over(members, coming):
+                memory.leave(request)
+                self.stats.num_turns += 1
+            members = [request for request in members if request.status is Status.RUNNING]
+        memory.make_device_room_for_rows(members, batch_id=batch_id)
+        rows += [_Row(request, 1, samples=True) for request in memory.extend_rows(members)]
         if not memory.stalled:
-            self._join_ready(rows, batch_id, target=target, keep_free=keep_free)
+            queue = population.ready_by_outputs if in_turns else population.ready
+            self._join_ready(rows, batch_id, list(queue), target=target, keep_free=keep_free)
 
-    def _join_ready(self, rows: list[_Row], batch_id: int, *, target: int, keep_free: int) -> None:
-        """Fills the batch from READY, oldest first, while device, window and link have room."""
+    def _are_in_turns(self) -> bool:
+        population, memory = self._population, self._memory
+        if self.kv.offload is KVOffload.OFF or memory.stalled:
+            return False  # what leaves would be lost; or who is served next is settled already
+        return self._turns.are_taken(
+            num_waiting=len(population.waiting),
+            num_ready=len(population.ready),
+            free_homes=self.kv.host.num_free,
+            growth_blocks=memory.growth_to_end(),
+        )
+
+    def _join_ready(
+        self, rows: list[_Row], batch_id: int, ready: Sequence[RequestState], *, target: int, keep_free: int
+    ) -> None:
+        """Fills the batch from READY, in that order, while device, window and link have room."""
         population, memory = self._population, self._memory
         live_blocks = self._live_blocks() - keep_free
-        for request in list(population.ready):
+        for request in ready:
             if request.status is not Status.READY:
                 continue  # it had to start anew, for the sake of an older one
             if len(population.batches[batch_id]) >= target or not self._balancer.may_join(
@@ -394,15 +422,18 @@ class Scheduler:
                 live_blocks=live_blocks,
             ):
                 break
-            recent = request.last_sample_step + self._capacity.num_stages > self._next_step + 1
-            if recent and population.num_running:
-                continue  # its token is still under way: taking it now would make the first stage wait for it
+            if population.num_running and self._is_recent(request):
+                continue
             reserve = memory.growth_reserve() + (keep_free if population.num_running else 0)
             if not memory.admit(request, at_most=1, keep_free=reserve):
                 memory.board(request, keep_free=reserve)
                 break
             memory.join(request, batch_id)
             rows.append(_Row(request, 1, samples=True))
+
+    def _is_recent(self, request: RequestState) -> bool:
+        """Its token is still under way: taking it now would make the first stage wait for it."""
+        return request.last_sample_step + self._capacity.num_stages > self._next_step + 1
 
     def _add_prefill_rows(self, rows: list[_Row], *, within_seconds: float | None) -> None:
         """Chunks of waiting prompts, oldest first: all that a step may have, or what it has time for."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections import Counter
+from functools import partial
+from unittest.mock import patch
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipemax.config import KVOffload, PhasePolicyName
@@ -19,8 +22,10 @@ from pipemax.cost.forecast import Forecast
 from pipemax.cost.load import StepLoad
 from pipemax.plan import Capacity, StepPlan, StepResult
 from pipemax.request import FinishReason, SamplingParams
-from pipemax.scheduling.request_state import RequestState
+from pipemax.scheduling.output_length import OutputLengthEstimate
+from pipemax.scheduling.request_state import RequestState, Status
 from pipemax.scheduling.scheduler import Scheduler
+from pipemax.scheduling.turns import Turns
 from tests.scheduling.checking_executor import CheckingExecutor, expected_token
 
 BLOCK = 4
@@ -55,6 +60,8 @@ def jobs(draw):
         "offload": offload,
         "phase": draw(st.sampled_from(PhasePolicyName)),
         "arrivals": draw(st.integers(1, 14)),
+        "quantum": draw(st.integers(1, 8)),
+        "expected_tokens": draw(st.integers(1, 20)),
         "aborts": draw(st.lists(st.integers(0, 13), max_size=2)),
     }
 
@@ -81,6 +88,26 @@ class ErraticForecast(Forecast):
         pass
 
 
+class CheckedTurns(Turns):
+    """Counts whose turns end, and checks that none is shorter than promised."""
+
+    def __init__(self, *, quantum_tokens: int) -> None:
+        super().__init__(quantum_tokens=quantum_tokens)
+        self.quantum_tokens = quantum_tokens
+        self.num_over: Counter[int] = Counter()
+
+    def over(self, members, following):
+        following = list(following)
+        leaving = super().over(members, following)
+        assert len(leaving) <= len(following)
+        for member, request in zip(leaving, following, strict=False):
+            assert member.status is Status.RUNNING and request.status is Status.READY
+            assert member.num_outputs > request.num_outputs + self.quantum_tokens
+            assert member.num_outputs >= member.outputs_at_join + self.quantum_tokens
+            self.num_over[member.request_id] += 1
+        return leaving
+
+
 def run(job) -> tuple[Scheduler, CheckingExecutor, dict[int, list[int]]]:
     capacity = Capacity(
         num_stages=job["num_stages"],
@@ -92,16 +119,23 @@ def run(job) -> tuple[Scheduler, CheckingExecutor, dict[int, list[int]]]:
     )
     endings = {i: end for i, (_, _, end) in enumerate(job["requests"]) if end is not None}
     executor = CheckingExecutor(capacity, max_plans_per_batch=job["max_plans"], endings=endings)
-    scheduler = build_scheduler(
-        capacity=capacity,
-        num_batches=job["num_batches"],
-        max_num_seqs=job["max_num_seqs"],
-        max_num_batched_tokens=job["max_tokens_a_step"],
-        async_scheduling=job["max_plans"] == 2,
-        phase_policy=job["phase"],
-        kv_offload=job["offload"],
-        forecast=ErraticForecast(job["budgets"], job["free_tokens"]),
-    )
+    # Requests here are shorter than what is right for real ones.
+    checked_turns = CheckedTurns(quantum_tokens=job["quantum"])
+    output_length = partial(OutputLengthEstimate, prior_tokens=job["expected_tokens"])
+    with (
+        patch("pipemax.control_plane.Turns", lambda: checked_turns),
+        patch("pipemax.control_plane.OutputLengthEstimate", output_length),
+    ):
+        scheduler = build_scheduler(
+            capacity=capacity,
+            num_batches=job["num_batches"],
+            max_num_seqs=job["max_num_seqs"],
+            max_num_batched_tokens=job["max_tokens_a_step"],
+            async_scheduling=job["max_plans"] == 2,
+            phase_policy=job["phase"],
+            kv_offload=job["offload"],
+            forecast=ErraticForecast(job["budgets"], job["free_tokens"]),
+        )
     if job["offload"] is KVOffload.OFF:
         executor.refuse_copies()
     outputs: dict[int, list[int]] = {}
@@ -156,6 +190,10 @@ def run(job) -> tuple[Scheduler, CheckingExecutor, dict[int, list[int]]]:
         if ending is not None and ending <= max_outputs:
             tokens[-1] = CheckingExecutor.STOP_TOKEN
         assert outputs[request_id] == tokens
+    assert checked_turns.num_over.total() == scheduler.stats.num_turns
+    assert job["offload"] is KVOffload.ON or not scheduler.stats.num_turns
+    for request_id, num_over in checked_turns.num_over.items():
+        assert num_over <= job["requests"][request_id][1] // job["quantum"]
     return scheduler, executor, outputs
 
 
@@ -171,10 +209,53 @@ def check_pools(scheduler: Scheduler) -> None:
     assert len(resident) + kv.window.num_blocks + len(kv._deferred_slots) == kv.device.num_held
     assert len(homes) == kv.host.num_held
     assert all(table.num_absent == len(table.absent_blocks()) for table in tables)
+    population = scheduler.population
+    assert population.ready == sorted(population.ready_by_outputs, key=lambda r: r.request_id)
+    assert population.ready_by_outputs == sorted(population.ready, key=lambda r: (r.num_outputs, r.request_id))
+
+
+def tight(requests, **values):
+    """A job of one stage and three batches whose answers get longer than expected, so that homes run out."""
+    rest = {"num_stages": 1, "num_batches": 3, "max_plans": 1, "offload": KVOffload.ON, "aborts": []}
+    return {"requests": requests, **rest, **values}
+
+
+# A request starts anew in the very plan that was to bring blocks of its own back.
+BOARDS_AND_STARTS_ANEW = tight(
+    [(4, 8, None), (5, 19, None), (12, 8, 6), (2, 19, None)],
+    device=9,
+    window=1,
+    host=7,
+    max_num_seqs=1,
+    max_tokens_a_step=2,
+    budgets=[1, 8, 3, 3, 1],
+    free_tokens=8,
+    phase=PhasePolicyName.MIXED,
+    arrivals=3,
+    quantum=3,
+    expected_tokens=4,
+)
+# All have left their batches, their blocks are full, and so is host memory.
+NOBODY_RUNS_AND_HOMES_ARE_FULL = tight(
+    [(5, 10, None), (12, 17, None), (3, 10, 4), (12, 18, None), (7, 20, 2), (5, 4, None)],
+    device=10,
+    window=1,
+    host=11,
+    max_num_seqs=2,
+    max_tokens_a_step=20,
+    budgets=[1, 3, 3, 3, 8],
+    free_tokens=4,
+    phase=PhasePolicyName.AUTO,
+    arrivals=4,
+    quantum=4,
+    expected_tokens=1,
+)
 
 
 @settings(max_examples=6000, deadline=None)
 @given(jobs())
+@example(BOARDS_AND_STARTS_ANEW)
+@example(NOBODY_RUNS_AND_HOMES_ARE_FULL)
 def test_every_request_comes_through_whatever_memory_it_has(job):
     scheduler, _, _ = run(job)
     assert scheduler.kv.device.num_held == scheduler.kv.window.num_blocks + len(scheduler.kv._deferred_slots)
