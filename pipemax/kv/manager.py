@@ -24,6 +24,7 @@ import numpy as np
 from pipemax.config import KVOffload
 from pipemax.kv.block_pool import BlockPool
 from pipemax.kv.block_table import ABSENT, BlockTable
+from pipemax.kv.home_pool import HomePool
 from pipemax.kv.window import Placement, Window
 from pipemax.plan import BlockCopies, Capacity
 
@@ -43,7 +44,7 @@ class KVManager:
         self.block_size = capacity.block_size
         self.device = BlockPool(capacity.num_device_blocks)
         # Without offloading homes are a formality: as many as there are slots.
-        self.host = BlockPool(capacity.num_host_blocks if offload is KVOffload.ON else capacity.num_device_blocks)
+        self.host = HomePool(capacity.num_host_blocks if offload is KVOffload.ON else capacity.num_device_blocks)
         self.window = Window(device=self.device, num_blocks=capacity.num_window_blocks)
         self._tables: dict[int, BlockTable] = {}
         self._going_home: list[tuple[BlockTable, int, int]] = []  # table, block, tokens
@@ -81,7 +82,8 @@ class KVManager:
         """Allocates slots and homes up to `num_tokens`. The caller has made room in both pools."""
         table = self._tables[request_id]
         for _ in range(self.missing_blocks(request_id, num_tokens)):
-            table.append(slot=self.device.allocate(), home=self.host.allocate())
+            last_home = int(table.homes[-1]) if table.num_blocks else None
+            table.append(slot=self.device.allocate(), home=self.host.allocate(after=last_home))
 
     def release(self, request_id: int) -> None:
         """The request is over (or starts anew): all its blocks are free.
