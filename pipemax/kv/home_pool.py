@@ -14,6 +14,7 @@ Invariant 4 of the design: free + held = total.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 _CHUNK_SIZES = (16, 8, 4, 2, 1)
 
@@ -26,12 +27,16 @@ class HomePool:
         self.num_blocks = num_blocks
         self.num_free = num_blocks
         self._held = bytearray(num_blocks)
-        # By size of chunk: free blocks of each chunk, and a heap of chunks that were free as a whole when they came in.
+        # By size of chunk: free blocks of each chunk; a heap of chunks that were free as a whole when they came in, and
+        # which are in it.
         self._free_of = [self._chunks(size) for size in _CHUNK_SIZES]
         self._candidates = [
-            [chunk for chunk, free in enumerate(counts) if free == size]
-            for size, counts in zip(_CHUNK_SIZES, self._free_of, strict=True)
+            [chunk for chunk, free in enumerate(counts) if free == size] for size, counts in self._levels()
         ]
+        self._is_candidate = [bytearray(free == size for free in counts) for size, counts in self._levels()]
+
+    def _levels(self) -> Iterator[tuple[int, list[int]]]:
+        return zip(_CHUNK_SIZES, self._free_of, strict=True)
 
     def _chunks(self, size: int) -> list[int]:
         whole, rest = divmod(self.num_blocks, size)
@@ -49,7 +54,7 @@ class HomePool:
             block = self._first_of_largest()
         self._held[block] = 1
         self.num_free -= 1
-        for size, counts in zip(_CHUNK_SIZES, self._free_of, strict=True):
+        for size, counts in self._levels():
             counts[block // size] -= 1
         return block
 
@@ -58,17 +63,18 @@ class HomePool:
         assert self._held[block], f"block {block} is not held"
         self._held[block] = 0
         self.num_free += 1
-        for size, counts, candidates in zip(_CHUNK_SIZES, self._free_of, self._candidates, strict=True):
+        for level, (size, counts) in enumerate(self._levels()):
             chunk = block // size
             counts[chunk] += 1
-            if counts[chunk] == size:
-                heapq.heappush(candidates, chunk)
+            if counts[chunk] == size and not self._is_candidate[level][chunk]:
+                self._is_candidate[level][chunk] = 1
+                heapq.heappush(self._candidates[level], chunk)
 
     def _first_of_largest(self) -> int:
-        for size, counts, candidates in zip(_CHUNK_SIZES, self._free_of, self._candidates, strict=True):
+        for level, (size, counts) in enumerate(self._levels()):
+            candidates = self._candidates[level]
             while candidates:
-                # It stays: whole again, it would come in again, and once it is not, it is passed over here.
                 if counts[candidates[0]] == size:
                     return candidates[0] * size
-                heapq.heappop(candidates)
+                self._is_candidate[level][heapq.heappop(candidates)] = 0
         raise AssertionError("a free block is in no chunk")

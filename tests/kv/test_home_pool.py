@@ -68,3 +68,12 @@ def test_free_and_held_add_up_and_no_block_is_given_out_twice(num_blocks: int, m
 def test_a_block_that_nobody_holds_cannot_be_given_back() -> None:
     with pytest.raises(AssertionError, match="not held"):
         HomePool(4).free(2)
+
+
+def test_books_do_not_grow_with_time() -> None:
+    pool = HomePool(64)
+    for turn in range(1000):
+        blocks = [pool.allocate(after=None) for _ in range(1 + turn % 60)]
+        for block in blocks:
+            pool.free(block)
+    assert sum(len(candidates) for candidates in pool._candidates) <= 64 + 32 + 16 + 8 + 4
