@@ -29,6 +29,7 @@ from pipemax.worker.cuda_device import CudaDevice
 from pipemax.worker.kv_store import KVStore
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.stage_worker import StageWorker
+from pipemax.worker.transfer import layers_per_copy
 from pipemax.worker.transport import StageLinks
 
 BLOCK_SIZE = 16
@@ -110,6 +111,7 @@ def main() -> None:
         dtype=torch.bfloat16,
         device=device.torch_device,
         allocate_home=device.allocate_home,
+        layers_per_copy=layers_per_copy(device.torch_device),
     )
     variants: dict[str, CudaOptions] = {
         "transformers forward": CudaOptions(fused_layers=False),

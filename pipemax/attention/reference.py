@@ -37,8 +37,7 @@ class _Piece:
     """Rows that are attended together.
 
     tokens      int64 [N * Q], the step's token indices
-    half_pages  int64 [2 * N * P], halves of pages (2 * page holds the keys, 2 * page + 1 the values), keys first;
-                short rows repeat their last page
+    half_pages  int64 [2 * N * P], rows of `_halves` of the pool, keys first; short rows repeat their last page
     beyond      int64, indices into the gathered [N * L] keys that the rows do not have
     bias        float32 [N, Q, L], 0 where a query sees a key, -inf elsewhere
     """
@@ -57,8 +56,9 @@ class ReferenceAttention:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._rows: RowLayout | None = None
-        self._pieces: dict[int | None, list[_Piece]] = {}
-        self._key_slots = torch.empty(0, dtype=torch.int64, device=device)
+        self._pieces: dict[tuple[int | None, int], list[_Piece]] = {}
+        self._new_token_pages = self._new_token_offsets = np.empty(0, dtype=np.int64)
+        self._key_slots: dict[int, Tensor] = {}
         self._scratch = torch.empty(0, device=device)
 
     def plan(self, rows: RowLayout) -> None:
@@ -68,33 +68,38 @@ class ReferenceAttention:
         assert (num_pages == -(-rows.kv_lens // rows.block_size)).all(), "page table and key count disagree"
         self._rows = rows
         self._pieces = {}
-        # Where token t goes, in units of one token of one page's half: page * 2B + offset, and + B for the value.
         position = (
             np.arange(rows.qo_indptr[-1])
             + np.repeat(rows.kv_lens - new_tokens, new_tokens)
             - np.repeat(rows.qo_indptr[:-1], new_tokens)
         )
         page = rows.kv_indices[np.repeat(rows.kv_indptr[:-1], new_tokens) + position // rows.block_size]
-        slots = page.astype(np.int64) * 2 * rows.block_size + position % rows.block_size
-        self._key_slots = self._on_device(slots)
+        self._new_token_pages, self._new_token_offsets = page.astype(np.int64), position % rows.block_size
+        self._key_slots = {}
 
     def append(self, key_THD: Tensor, value_THD: Tensor, kv_pool: Tensor) -> None:
         assert self._rows is not None and kv_pool.shape[2] == self._rows.block_size
-        halves = kv_pool.view(-1, *kv_pool.shape[3:])
-        halves.index_copy_(0, self._key_slots, key_THD)
-        halves.index_copy_(0, self._key_slots + self._rows.block_size, value_THD)
+        block_size, step = self._rows.block_size, _pages_between(kv_pool)
+        slots = self._key_slots.get(step)
+        if slots is None:
+            # Where token t goes, in units of one token of one page's half, and as far again for the value.
+            numbers = self._new_token_pages * (2 * step * block_size) + self._new_token_offsets
+            slots = self._key_slots[step] = self._on_device(numbers)
+        tokens = _halves(kv_pool).view(-1, *kv_pool.shape[3:])
+        tokens.index_copy_(0, slots, key_THD)
+        tokens.index_copy_(0, slots + block_size, value_THD)
 
     def run(self, query_THD: Tensor, kv_pool: Tensor, layer: LayerAttention, out_THD: Tensor | None = None) -> Tensor:
         assert self._rows is not None
-        pieces = self._pieces.get(layer.sliding_window)
+        kind = (layer.sliding_window, _pages_between(kv_pool))
+        pieces = self._pieces.get(kind)
         if pieces is None:
-            pieces = self._pieces[layer.sliding_window] = list(self._cut(self._rows, layer.sliding_window))
+            pieces = self._pieces[kind] = list(self._cut(self._rows, *kind))
         output_THD = out_THD
         if output_THD is None:
             output_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype, device=query_THD.device)
         num_heads, head_dim = query_THD.shape[1:]
-        num_slots, _, block_size, num_kv_heads, _ = kv_pool.shape
-        halves = kv_pool.view(num_slots * 2, block_size * num_kv_heads * head_dim)
+        num_kv_heads, halves = kv_pool.shape[3], _halves(kv_pool)
         for piece in pieces:
             gathered = self._gather(halves, piece)
             gathered.view(2, -1, num_kv_heads * head_dim).index_fill_(1, piece.beyond, 0)
@@ -118,12 +123,12 @@ class ReferenceAttention:
         torch.index_select(halves, 0, piece.half_pages, out=gathered)
         return gathered.view(2, num_pages, num_elements)
 
-    def _cut(self, rows: RowLayout, window: int | None) -> Iterator[_Piece]:
+    def _cut(self, rows: RowLayout, window: int | None, step: int) -> Iterator[_Piece]:
         new_tokens = np.diff(rows.qo_indptr)
         for row in np.flatnonzero(new_tokens > 1):
             for start in range(0, int(new_tokens[row]), _QUERY_CHUNK_TOKENS):
                 chunk = min(_QUERY_CHUNK_TOKENS, int(new_tokens[row]) - start)
-                yield self._piece(rows, np.array([row]), start, chunk, window)
+                yield self._piece(rows, np.array([row]), start, chunk, window, step)
         decode = np.flatnonzero(new_tokens == 1)
         keys = rows.kv_lens if window is None else np.minimum(rows.kv_lens, window)
         decode = decode[np.argsort(keys[decode], kind="stable")]
@@ -136,13 +141,16 @@ class ReferenceAttention:
                 and (last + 1 - first) * keys[decode[last]] <= _PIECE_KEYS
             ):
                 last += 1
-            yield self._piece(rows, decode[first:last], 0, 1, window)
+            yield self._piece(rows, decode[first:last], 0, 1, window, step)
             first = last
 
     def _piece(
-        self, rows: RowLayout, members: NDArray[np.int64], start: int, num_queries: int, window: int | None
+        self, rows: RowLayout, members: NDArray[np.int64], start: int, num_queries: int, window: int | None, step: int
     ) -> _Piece:
-        """New tokens [start, start + num_queries) of every member row, over the keys that they see."""
+        """New tokens [start, start + num_queries) of every member row, over the keys that they see.
+
+        `step`: `_pages_between` of the pools that it is for.
+        """
         block_size = rows.block_size
         new_tokens = np.diff(rows.qo_indptr)[members]
         query_position = (rows.kv_lens[members] - new_tokens + start)[:, None] + np.arange(num_queries)
@@ -161,13 +169,27 @@ class ReferenceAttention:
             num_rows=len(members),
             num_queries=num_queries,
             tokens=self._on_device((rows.qo_indptr[members] + start)[:, None] + np.arange(num_queries)),
-            half_pages=self._on_device(np.stack((2 * pages, 2 * pages + 1))),
+            half_pages=self._on_device(np.stack((2 * step * pages, 2 * step * pages + 1))),
             beyond=self._on_device(np.flatnonzero(key_position >= end[:, None])),
             bias=bias.to(self._device),
         )
 
     def _on_device(self, indices: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(indices.reshape(-1), dtype=np.int64)).to(self._device)
+
+
+def _pages_between(kv_pool: Tensor) -> int:
+    """From a page of the pool to the next one, in pages: pools of several layers may lie side by side."""
+    return kv_pool.stride(0) // kv_pool[0].numel()
+
+
+def _halves(kv_pool: Tensor) -> Tensor:
+    """The pool's memory as halves of pages [n, B * Hkv * D]: page p has its keys in row 2 * p * `_pages_between`, its
+    values in the next."""
+    num_pages, _, *half = kv_pool.shape
+    num_elements = torch.Size(half).numel()
+    num_halves = 2 * ((num_pages - 1) * _pages_between(kv_pool) + 1)
+    return kv_pool.as_strided((num_halves, num_elements), (num_elements, 1))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, layer: LayerAttention) -> Tensor:

@@ -40,6 +40,7 @@ from pipemax.worker.pulse import Pulse, dump_stacks_on_signal
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.stage_worker import RunningStep, StageWorker
 from pipemax.worker.start_up import StartUp, StartUpPart
+from pipemax.worker.transfer import layers_per_copy
 from pipemax.worker.transport import LinkError, StageLinks, choose_medium
 
 
@@ -241,6 +242,7 @@ def _allocate(size: KVSize, geometry: KVGeometry, layers: range, dtype: torch.dt
             dtype=dtype,
             device=device.torch_device,
             allocate_home=device.allocate_home,
+            layers_per_copy=layers_per_copy(device.torch_device),
         )
     except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError and the CPU allocator's are the last
         blocks = f"{size.num_device_blocks:,} blocks on the device and {size.num_host_blocks:,} in host memory"

@@ -37,7 +37,7 @@ from pipemax.worker.request_tokens import RequestTokens
 from pipemax.worker.row_guard import GuardedSampler, Sampled
 from pipemax.worker.sampler import Sampler
 from pipemax.worker.stage_model import StageModel, StageSlice
-from pipemax.worker.transfer import GPU_LAYERS_PER_COPY, KVPools, StepTransfers, TransferEngine
+from pipemax.worker.transfer import KVPools, StepTransfers, TransferEngine, layers_per_copy
 from pipemax.worker.transport import StageLinks
 from pipemax.worker.upload import upload
 
@@ -141,12 +141,11 @@ class StageWorker:
         self._backend = backend
         self._links = links
         self._decode_graphs = decode_graphs
-        on_gpu = device.torch_device.type == "cuda"
         self._transfers = TransferEngine(
             device=device,
             pools=pools,
             layers=stage.layers,
-            layers_per_copy=GPU_LAYERS_PER_COPY if on_gpu else 1,
+            layers_per_copy=layers_per_copy(device.torch_device),
         )
         self._copy_log = CopyLog()
         fences = self._transfers if pulse is None else PulsingFences(self._transfers, pulse)

@@ -13,17 +13,20 @@ home -> next refill. In a COPY step nothing computes, so the streams wait for ea
 waited, and the caller goes on.
 
 A few layers may share their copies (`layers_per_copy`): every fence then stands before the first or after the last of
-them. On a GPU a fence and a call of the driver cost the issuing thread microseconds each, a layer of decode not many.
+them, and their blocks may lie side by side (`kv_store.py`), so that a piece of a copy serves them all. On a GPU a
+fence, a call of the driver and each piece of a copy cost the issuing thread microseconds, a layer of decode not many.
 
 Never here: which blocks to move (the control plane says), how bytes are moved (`device.py`), attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pipemax.plan import CopyDirection, Int32Array, StepPlan
@@ -32,6 +35,11 @@ from pipemax.worker.device import BlockRuns, CopyMark, CopyStream, Device, Event
 
 # On a GPU: fences and calls for copies fall to a quarter, and a refill starts at most three layers later.
 GPU_LAYERS_PER_COPY = 4
+
+
+def layers_per_copy(device: torch.device) -> int:
+    """How many layers share their copies on a device."""
+    return GPU_LAYERS_PER_COPY if device.type == "cuda" else 1
 
 
 def layers_sharing_copies(layers: range, layers_per_copy: int) -> list[range]:
@@ -49,6 +57,10 @@ class KVPools(Protocol):
 
     def home_pool(self, layer: int) -> Tensor:
         """[num_host_blocks, 2, block_size, num_kv_heads, head_dim] in host memory."""
+        ...
+
+    def copy_pools(self, layers: range) -> Sequence[tuple[Tensor, Tensor]]:
+        """What to copy for layers that share their copies: (device, home) pools, each block contiguous in them."""
         ...
 
 
@@ -78,6 +90,7 @@ class TransferEngine:
         # Events are kept under the first layer of those that share their copies.
         self._sharing = layers_sharing_copies(layers, layers_per_copy)
         self._sharing_of_layer = {layer: sharing for sharing in self._sharing for layer in sharing}
+        self._copy_pools = {sharing.start: list(pools.copy_pools(sharing)) for sharing in self._sharing}
         self._device = device
         self._pools = pools
         self._layers = layers
@@ -183,17 +196,15 @@ class TransferEngine:
             self._home_stream.wait(event)
 
     def _copy(self, sharing: range) -> None:
-        pools = self._pools
+        pairs = self._copy_pools[sharing.start]
         if self._refill_runs is not None:
-            pairs = [(pools.device_pool(layer), pools.home_pool(layer)) for layer in sharing]
             self._mark_start(CopyDirection.REFILL, self._refill_stream)
             self._refill_stream.copy_layers(pairs, self._refill_runs)
             self._mark_end(CopyDirection.REFILL, self._refill_stream, self._refill_runs, sharing)
             self._refill_done[sharing.start] = self._refill_stream.record()
         if self._home_runs is not None:
-            pairs = [(pools.home_pool(layer), pools.device_pool(layer)) for layer in sharing]
             self._mark_start(CopyDirection.HOME, self._home_stream)
-            self._home_stream.copy_layers(pairs, self._home_runs)
+            self._home_stream.copy_layers([(home, device) for device, home in pairs], self._home_runs)
             self._mark_end(CopyDirection.HOME, self._home_stream, self._home_runs, sharing)
             self._home_done[sharing.start] = self._home_stream.record()
 

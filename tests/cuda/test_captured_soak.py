@@ -32,6 +32,7 @@ from pipemax.worker.kv_store import KVStore
 from pipemax.worker.piece_graphs import graph_sizes
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.stage_worker import StageWorker
+from pipemax.worker.transfer import layers_per_copy
 from pipemax.worker.transport import StageLinks
 from tests.executor.plans import Row, make_plan, new_request
 
@@ -215,6 +216,7 @@ def kv_store(model: StageModel, device: Device, *, num_slots: int) -> KVStore:
         num_host_blocks=0,
         dtype=model.dtype,
         device=device.torch_device,
+        layers_per_copy=layers_per_copy(device.torch_device),
     )
 
 

@@ -83,6 +83,9 @@ class Pools:
     def home_pool(self, layer):
         return self.homes[layer]
 
+    def copy_pools(self, layers):
+        return [(self.slots[layer], self.homes[layer]) for layer in layers]
+
 
 @pytest.mark.parametrize("method", [CopyMethod.BATCH, CopyMethod.LOOP])
 @pytest.mark.parametrize("seed", [0, 1])
@@ -150,6 +153,9 @@ def test_copies_are_told_of_with_the_time_that_they_took(device):
 
         def home_pool(self, layer):
             return self.homes
+
+        def copy_pools(self, layers):
+            return [(self.slots, self.homes)]
 
     pools = Large()
     engine = TransferEngine(device=cuda, pools=pools, layers=range(1))

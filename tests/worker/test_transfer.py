@@ -36,6 +36,9 @@ class Pools:
     def home_pool(self, layer: int) -> Tensor:
         return self._home[layer]
 
+    def copy_pools(self, layers: range) -> list[tuple[Tensor, Tensor]]:
+        return [(self._device[layer], self._home[layer]) for layer in layers]
+
 
 class SlowStream(CpuCopyStream):
     """Sleeps before each copy."""
