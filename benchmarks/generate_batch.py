@@ -160,6 +160,7 @@ def main() -> None:
     pipemax = run_throughput(
         dataset_path=arguments.dataset_path,
         num_prompts=arguments.num_prompts,
+        length_hints=False,
         output_json=None,
         wishes=RecordWishes(),
         engine_settings={

@@ -77,6 +77,8 @@ def main() -> None:
             (arguments.folder / f"{name}.json").write_text(json.dumps({**report, "dataset": f"{name}.csv"}, indent=1))
             trace = arguments.folder / f"{name}_decode.trace.json"
             write_chrome_trace(trace, middle_decode_steps(recorder.snapshot()), manifest=common)
+            if report["requests_finished"] < len(rows):
+                raise SystemExit("interrupted")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pipemax.config import ConfigError
 from pipemax.report.html_report import JobOutcome
 from pipemax.report.job_record import JobRecord, RecordWishes
 from pipemax.request import SamplingParams
-from pipemax.scheduling.request_state import RequestState
+from pipemax.scheduling.request_state import RequestState, RequestUpdate
 from pipemax.target import check_target, is_same_file
 from pipemax.throughput_log import ThroughputLog
 
@@ -69,6 +69,7 @@ def run_throughput(
     *,
     dataset_path: Path,
     num_prompts: int | None,
+    length_hints: bool,
     output_json: Path | None,
     wishes: RecordWishes,
     engine_settings: Mapping[str, Any],
@@ -76,7 +77,8 @@ def run_throughput(
 ) -> dict[str, Any]:
     """Runs the benchmark, prints a summary and writes `output_json`, trace and report; gives what it wrote as JSON.
 
-    Raises ConfigError for a wrong file or settings, before anything is loaded; ExecutorError when a stage fails.
+    Raises ConfigError for a wrong file or settings, before anything is loaded; ExecutorError when a stage fails;
+    KeyboardInterrupt when it was ended early, after what had come by then is printed and written.
     """
     from pipemax.llm import LLM
 
@@ -92,7 +94,7 @@ def run_throughput(
         report = {
             "load_seconds": load_seconds,
             "start_up": llm.start_up,
-            **measure_throughput(llm, lengths, on_warm=lambda: record.watch(llm)),
+            **measure_throughput(llm, lengths, length_hints=length_hints, on_warm=lambda: record.watch(llm)),
             "dataset": str(dataset_path),
             "settings": {name: str(value) for name, value in settings.items()},
             "environment": environment(),
@@ -104,10 +106,12 @@ def run_throughput(
             JobOutcome(
                 title=f"{dataset_path.name} with {llm.model_name}",
                 total_rows=len(lengths),
-                answered_rows=len(lengths),
+                answered_rows=report["requests_finished"],
                 failed_rows=0,
             )
         )
+    if report["requests_finished"] < len(lengths):
+        raise KeyboardInterrupt
     return report
 
 
@@ -117,40 +121,47 @@ def longest_request_tokens(lengths: Sequence[LengthPair]) -> int:
 
 
 def measure_throughput(
-    llm: LLM, lengths: Sequence[LengthPair], *, on_warm: Callable[[], object] = lambda: None
+    llm: LLM,
+    lengths: Sequence[LengthPair],
+    *,
+    length_hints: bool = False,
+    on_warm: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """All requests at once through an engine that is idle, after a warm-up; what it took, as JSON values.
 
-    `on_warm` is called between the two.
+    With `length_hints` each request's own length is its `max_tokens`. `on_warm` is called between the two. Ctrl-C ends
+    it early: what had come by then is the result, which says so; the engine is good for nothing after that.
     """
     engine, capacity = llm.engine, llm.engine.executor.capacity
-    max_tokens = max(row.output_tokens for row in lengths)
     rng = np.random.default_rng(llm.seed)
     warm_up = [LengthPair(16, _WARM_UP_TOKENS)] * _WARM_UP_REQUESTS
-    _run(llm, _requests(warm_up, llm, _WARM_UP_TOKENS, rng), warm_up)
-    requests = _requests(lengths, llm, max_tokens, rng)
+    _Drive(llm, _requests(warm_up, llm, rng, length_hints=True), warm_up).run()
+    requests = _requests(lengths, llm, rng, length_hints=length_hints)
     memory = engine.scheduler.memory
     left_before, restarted_before = memory.num_left, memory.num_restarted
     log = ThroughputLog(capacity=capacity)
     engine.observe(log)
     on_warm()
     started_seconds = time.monotonic()
+    drive = _Drive(llm, requests, lengths)
     try:
-        _run(llm, requests, lengths)
+        drive.run()
+    except KeyboardInterrupt:
+        pass  # half an hour of measuring is not lost for the minute that was too much
     finally:
         engine.stop_observing(log)
     wall_seconds = time.monotonic() - started_seconds
-    prompt_tokens = sum(row.prompt_tokens for row in lengths)
-    output_tokens = sum(row.output_tokens for row in lengths)
+    prompt_tokens, output_tokens = drive.prompt_tokens, drive.output_tokens
     gauges = log.most_gauges
     return {
         "requests": len(lengths),
+        "requests_finished": drive.num_finished,
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
-        "output_lengths": "hidden from the scheduler",
-        "max_tokens_per_request": max_tokens,
+        "output_lengths": "known to the scheduler" if length_hints else "hidden from the scheduler",
+        "max_tokens": "its own length" if length_hints else max(row.output_tokens for row in lengths),
         "wall_seconds": wall_seconds,
-        "requests_per_second": len(lengths) / wall_seconds,
+        "requests_per_second": drive.num_finished / wall_seconds,
         "output_tokens_per_second": output_tokens / wall_seconds,
         "total_tokens_per_second": (prompt_tokens + output_tokens) / wall_seconds,
         "steady_decode": log.steady_decode(),
@@ -182,44 +193,62 @@ def _check_targets(dataset: Path, targets: Mapping[str, Path | None]) -> None:
         taken[flag] = path
 
 
-def _requests(lengths: Sequence[LengthPair], llm: LLM, max_tokens: int, rng: np.random.Generator) -> list[RequestState]:
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+def _requests(
+    lengths: Sequence[LengthPair], llm: LLM, rng: np.random.Generator, *, length_hints: bool
+) -> list[RequestState]:
+    longest = max(row.output_tokens for row in lengths)
     first_id = llm.take_request_ids(len(lengths))
-    return [
-        RequestState(
-            request_id=first_id + index,
-            prompt_token_ids=rng.integers(0, llm.vocab_size, row.prompt_tokens, dtype=np.int32),
-            sampling=sampling,
-            seed=index,
-            stop_token_ids=frozenset(),
-            max_outputs=max_tokens,
+    requests = []
+    for index, row in enumerate(lengths):
+        max_tokens = row.output_tokens if length_hints else longest
+        requests.append(
+            RequestState(
+                request_id=first_id + index,
+                prompt_token_ids=rng.integers(0, llm.vocab_size, row.prompt_tokens, dtype=np.int32),
+                sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+                seed=index,
+                stop_token_ids=frozenset(),
+                max_outputs=max_tokens,
+            )
         )
-        for index, row in enumerate(lengths)
-    ]
+    return requests
 
 
-def _run(llm: LLM, requests: Sequence[RequestState], lengths: Sequence[LengthPair]) -> None:
-    """All requests at once; each is ended when it has its length."""
-    engine = llm.engine
-    left = {request.request_id: row.output_tokens for request, row in zip(requests, lengths, strict=True)}
-    for request in requests:
-        engine.add_request(request)
-    while left:
-        for news in engine.step():
-            update = news.update
-            if update.error is not None:
-                raise RuntimeError(f"request {update.request_id} failed: {update.error}")
-            remaining = left.get(update.request_id)
-            if remaining is None:
-                continue  # the token of a row that was dropped one step late
-            if remaining == 1:
-                del left[update.request_id]
-                if update.finish_reason is None:
-                    engine.finish_request(update.request_id)
-            else:
-                left[update.request_id] = remaining - 1
-    while engine.scheduler.num_plans_in_flight:
-        engine.step()
+class _Drive:
+    """Requests through an engine, all at once; each is ended when it has its length. Counts what has come."""
+
+    def __init__(self, llm: LLM, requests: Sequence[RequestState], lengths: Sequence[LengthPair]) -> None:
+        self._engine = llm.engine
+        self._left = {request.request_id: row.output_tokens for request, row in zip(requests, lengths, strict=True)}
+        self._prompt_tokens = {request.request_id: request.num_prompt for request in requests}
+        self.num_finished = 0
+        self.prompt_tokens = 0  # of those that have finished
+        self.output_tokens = 0
+        for request in requests:
+            self._engine.add_request(request)
+
+    def run(self) -> None:
+        engine = self._engine
+        while self._left:
+            for news in engine.step():
+                self._take(news.update)
+        while engine.scheduler.num_plans_in_flight:
+            engine.step()
+
+    def _take(self, update: RequestUpdate) -> None:
+        if update.error is not None:
+            raise RuntimeError(f"request {update.request_id} failed: {update.error}")
+        remaining = self._left.get(update.request_id)
+        if remaining is None:
+            return  # the token of a row that was dropped one step late
+        self.output_tokens += 1
+        self._left[update.request_id] = remaining - 1
+        if remaining == 1:
+            del self._left[update.request_id]
+            self.num_finished += 1
+            self.prompt_tokens += self._prompt_tokens[update.request_id]
+            if update.finish_reason is None:
+                self._engine.finish_request(update.request_id, is_complete=True)
 
 
 def environment() -> dict[str, str | None]:
@@ -249,10 +278,12 @@ def _commit() -> str | None:
 
 
 def print_throughput(report: Mapping[str, Any], stdout: TextIO) -> None:
-    steady = report["steady_decode"]
+    steady, requests = report["steady_decode"], report["requests"]
+    if report["requests_finished"] < requests:
+        requests = f"Ended early: {report['requests_finished']} of {requests}"
     lines = [
-        f"{report['requests']} requests, {report['prompt_tokens']} prompt and {report['output_tokens']} output tokens "
-        f"(lengths hidden from the scheduler) in {report['wall_seconds']:.2f} s; loading took "
+        f"{requests} requests, {report['prompt_tokens']} prompt and {report['output_tokens']} output tokens "
+        f"(lengths {report['output_lengths']}) in {report['wall_seconds']:.2f} s; loading took "
         f"{report['load_seconds']:.1f} s",
         f"Throughput: {report['requests_per_second']:.2f} requests/s, {report['total_tokens_per_second']:.0f} total "
         f"tokens/s, {report['output_tokens_per_second']:.0f} output tokens/s",

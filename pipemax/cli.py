@@ -142,6 +142,9 @@ def bench_throughput(
     num_prompts: Annotated[
         int | None, typer.Option(metavar="N", help="Requests: the first N of the file.", show_default="all", min=1)
     ] = None,
+    length_hints: Annotated[
+        bool, typer.Option("--length-hints", help="Tell the scheduler: every request's max_tokens is its own length.")
+    ] = False,
     output_json: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Everything measured, as JSON.", show_default="not written")
     ] = None,
@@ -153,7 +156,7 @@ def bench_throughput(
     """Works through random prompts of the file's lengths, and prints how fast that went.
 
     Output lengths are hidden from the scheduler: all requests carry the same max_tokens and are stopped when they have
-    their length.
+    their length. Ctrl-C ends it early and tells what had come by then.
     """
     with _errors_told(verbose=verbose):
         from pipemax.bench import run_throughput
@@ -162,6 +165,7 @@ def bench_throughput(
         run_throughput(
             dataset_path=dataset_path,
             num_prompts=num_prompts,
+            length_hints=length_hints,
             output_json=output_json,
             wishes=RecordWishes(trace=trace, report=report, command=["pipemax", *sys.argv[1:]], settings=engine),
             engine_settings=engine,

@@ -45,8 +45,9 @@ class Engine:
     def add_request(self, request: RequestState) -> None:
         self.scheduler.add_request(request)
 
-    def finish_request(self, request_id: int) -> None:
-        self.scheduler.finish_request(request_id)
+    def finish_request(self, request_id: int, *, is_complete: bool) -> None:
+        """See `Scheduler.finish_request`."""
+        self.scheduler.finish_request(request_id, is_complete=is_complete)
 
     def step(self) -> list[EngineUpdate]:
         """Submits all that can be planned and takes in what is done. Blocks for at least one result if any is out.

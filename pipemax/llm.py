@@ -154,7 +154,7 @@ class LLM(TextGenerator):
                             yield output
         finally:
             for request_id in live:
-                self._engine.finish_request(request_id)
+                self._engine.finish_request(request_id, is_complete=False)
                 self._outputs.drop(request_id)
             self._streaming = False
 
@@ -280,7 +280,7 @@ class LLM(TextGenerator):
         self._dropping_queued = False
         population = self._engine.scheduler.population
         for state in [state for state in (*population.waiting, *population.ready) if state.num_outputs <= 1]:
-            self._engine.finish_request(state.request_id)
+            self._engine.finish_request(state.request_id, is_complete=False)
             self._outputs.drop(state.request_id)
             del live[state.request_id]
 
@@ -335,7 +335,7 @@ class LLM(TextGenerator):
                 raise
             except Exception as raised:  # text libraries, at work on what a model made up
                 error = _text_error(raised)
-        self._engine.finish_request(request_id)
+        self._engine.finish_request(request_id, is_complete=False)
         self._outputs.drop(request_id)
         return live.pop(request_id).output(error=error)
 
@@ -349,7 +349,7 @@ class LLM(TextGenerator):
             return None
         request = live[request_id]
         if stop_string is not None and reason is not FinishReason.STOP:
-            self._engine.finish_request(request_id)
+            self._engine.finish_request(request_id, is_complete=True)
             completion = self._outputs.finish(request_id, FinishReason.STOP, stop_string)
         else:
             assert reason is not None

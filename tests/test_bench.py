@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipemax import bench
 from pipemax.bench import LengthPair, read_lengths
 from pipemax.cli import main
 from pipemax.config import ConfigError
@@ -31,7 +32,7 @@ def test_every_request_gets_its_own_length_and_the_report_adds_up(tmp_path, monk
     assert main() == 0
     report = json.loads((tmp_path / "out.json").read_text())
     assert (report["requests"], report["prompt_tokens"], report["output_tokens"]) == (4, 107, 82)
-    assert report["max_tokens_per_request"] == 40
+    assert (report["max_tokens"], report["output_lengths"]) == (40, "hidden from the scheduler")
     # Every token was computed by some step; the first output of a request comes from its prefill.
     computed = sum(entry["tokens"] for entry in report["phases"].values())
     assert computed >= 107 + 82 - 4
@@ -43,6 +44,28 @@ def test_every_request_gets_its_own_length_and_the_report_adds_up(tmp_path, monk
         assert stage["home_bytes"] > 0
     assert report["output_tokens_per_second"] == pytest.approx(82 / report["wall_seconds"])
     assert "4 requests, 107 prompt and 82 output tokens" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_was_measured_and_hints_are_told(tmp_path, monkeypatch, capsys):
+    """The interrupt comes while tokens are taken in: at the fifth of the second request."""
+    save_model("llama", tmp_path / "model")
+    dataset = write_lengths(tmp_path / "lengths.csv", [(4, 1), (5, 40)])
+    arguments = ["bench", "throughput", "--model", str(tmp_path / "model"), "--dataset-path", str(dataset)]
+    arguments += ["--output-json", str(tmp_path / "out.json"), "--device", "cpu", "--threads-per-stage", "1"]
+    monkeypatch.setattr("sys.argv", ["pipemax", *arguments, "--host-memory-gib", "0.05", "--length-hints"])
+    take = bench._Drive._take
+
+    def interrupted(self, update):
+        take(self, update)
+        if self.num_finished == 1 and self.output_tokens == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench._Drive, "_take", interrupted)
+    assert main() == 130
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["requests"], report["requests_finished"], report["output_tokens"]) == (2, 1, 6)
+    assert (report["prompt_tokens"], report["max_tokens"]) == (4, "its own length")
+    assert "Ended early: 1 of 2 requests" in capsys.readouterr().out
 
 
 def test_lengths_are_read_as_far_as_asked(tmp_path):

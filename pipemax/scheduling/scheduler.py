@@ -146,10 +146,16 @@ class Scheduler:
     def num_plans_in_flight(self) -> int:
         return self._plans_in_flight
 
-    def finish_request(self, request_id: int) -> None:
-        """Ends a request from outside: a stop string was found, or the user gave up. Unknown ids are over already."""
+    def finish_request(self, request_id: int, *, is_complete: bool) -> None:
+        """Ends a request from outside. Unknown ids are over already.
+
+        is_complete   its answer has come to an end by itself (a stop string was found), so that its length says what
+                      to expect of others; else somebody gave it up
+        """
         request = self._population.requests.get(request_id)
         if request is not None:
+            if is_complete:
+                self._output_length.observe(len(request.output_token_ids))
             self._memory.forget(request)
             self._population.remove(request)
             if request.announced:
@@ -171,7 +177,7 @@ class Scheduler:
                 continue
             error = result.row_errors.get(request_id)
             if error is not None:
-                self.finish_request(request_id)
+                self.finish_request(request_id, is_complete=False)
                 updates.append(RequestUpdate(request_id, None, FinishReason.ERROR, error=error))
             else:
                 updates.append(self._take_token(request, token_id))
@@ -188,8 +194,7 @@ class Scheduler:
         elif len(outputs) == request.max_outputs:
             reason = FinishReason.LENGTH
         if reason is not None:
-            self._output_length.observe(len(outputs))
-            self.finish_request(request.request_id)
+            self.finish_request(request.request_id, is_complete=True)
         return RequestUpdate(request.request_id, token_id, reason, stop_reason)
 
     # -- planning ------------------------------------------------------------------------------------------------------

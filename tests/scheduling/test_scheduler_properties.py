@@ -174,7 +174,7 @@ def run(job) -> tuple[Scheduler, CheckingExecutor, dict[int, list[int]]]:
                     finished[update.request_id] = update.finish_reason
         for request_id in job["aborts"]:
             if turns == 7 and request_id in outputs and request_id not in finished:
-                scheduler.finish_request(request_id)
+                scheduler.finish_request(request_id, is_complete=False)
                 finished[request_id] = FinishReason.ABORT
                 aborted.add(request_id)
         check_pools(scheduler)
