@@ -49,7 +49,8 @@ _FLAGS = {
     "dtype": _Flag(
         _MODEL,
         "TYPE",
-        "Of weights, activations and KV: auto (the checkpoint's), float32, bfloat16 or float16.",
+        "Of weights, activations and KV: auto (the checkpoint's; on GPUs bfloat16 in the place of float32), float32, "
+        "bfloat16 or float16.",
         choices=Literal["auto", "float32", "bfloat16", "float16"],
     ),
     "max_model_len": _Flag(_MODEL, "TOKENS", "Longest prompt and answer together.", default="the model's positions"),

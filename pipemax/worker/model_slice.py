@@ -107,8 +107,11 @@ def read_config(model_dir: Path, *, load_format: LoadFormat, trust_remote_code: 
     return config
 
 
-def resolve_dtype(config: PretrainedConfig, dtype: str) -> torch.dtype:
-    """The weights' dtype: what is asked for, or for "auto" what the config says (float32 where it says nothing)."""
+def resolve_dtype(config: PretrainedConfig, dtype: str, *, device: torch.device) -> torch.dtype:
+    """The weights' dtype: what is asked for, or for "auto" what the config says (float32 where it says nothing).
+
+    On a GPU "auto" takes bfloat16 in the place of float32, as vLLM does: float32 is a format for storing there.
+    """
     if dtype != "auto":
         return _DTYPES[dtype]
     configured = getattr(config, "dtype", None) or torch.float32
@@ -117,7 +120,7 @@ def resolve_dtype(config: PretrainedConfig, dtype: str) -> torch.dtype:
     if configured not in _DTYPES.values():
         raise ConfigError(f"config.json has dtype {configured}; set dtype to one of {', '.join(_DTYPES)}")
     assert isinstance(configured, torch.dtype)
-    return configured
+    return torch.bfloat16 if device.type == "cuda" and configured is torch.float32 else configured
 
 
 def empty_model(

@@ -87,7 +87,7 @@ class StageModel:
         model = empty_model(
             config,
             name=model_dir.name,
-            dtype=resolve_dtype(config, dtype),
+            dtype=resolve_dtype(config, dtype, device=device),
             trust_remote_code=trust_remote_code,
             max_model_len=max_model_len,
         )

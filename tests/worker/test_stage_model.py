@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from pipemax.attention.base import RowLayout
 from pipemax.attention.reference import ReferenceAttention
@@ -10,6 +11,7 @@ from pipemax.config import ConfigError, LoadFormat
 from pipemax.model_spec import ModelSpec
 from pipemax.worker.attention_hook import StepContext
 from pipemax.worker.kv_store import KVStore
+from pipemax.worker.model_slice import resolve_dtype
 from pipemax.worker.stage_model import StageModel, StageSlice, split_layers
 from tests.worker.families import FAMILIES, VOCAB_SIZE, save_model
 
@@ -192,3 +194,18 @@ def test_split_is_even_with_spare_layers_in_the_middle(num_layers, num_stages, s
 def test_more_stages_than_layers_is_refused():
     with pytest.raises(ConfigError, match="pipeline_parallel_size 4 is more than the model's 3 layers"):
         split_layers(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "device", "expected"),
+    [
+        ("float32", "auto", "cpu", torch.float32),
+        ("float32", "auto", "cuda", torch.bfloat16),
+        ("float16", "auto", "cuda", torch.float16),
+        ("float32", "float32", "cuda", torch.float32),
+        (None, "auto", "cuda", torch.bfloat16),
+    ],
+)
+def test_float32_checkpoints_run_in_bfloat16_on_gpus_unless_asked_otherwise(stored, asked, device, expected):
+    config = LlamaConfig(dtype=stored)
+    assert resolve_dtype(config, asked, device=torch.device(device)) is expected
