@@ -50,7 +50,8 @@ class EngineConfig:
     data_parallel_size           pipelines, each with GPUs of its own; rows go to whichever has room (`replicas.py`)
     num_batches                  batches in flight; default: one per stage
     device                       "auto" | "cpu" | "cuda"
-    dtype                        "auto" (the checkpoint's; on GPUs bfloat16 for float32) | "float32" | "bfloat16" | "float16"
+    dtype                        "auto" (the checkpoint's; on GPUs bfloat16 in the place of float32) | "float32" |
+                                 "bfloat16" | "float16"
     block_size                   tokens in a KV block
     num_device_blocks            KV blocks on each device, window included; default: from memory
     num_window_blocks            of those, blocks that serve as the window; default: an eighth, 0 without offloading
