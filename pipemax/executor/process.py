@@ -8,251 +8,40 @@ A result comes out when every stage has reported its step. A stage that fails or
 gets an ExecutorError that names it. So it does when nothing gets on for `stall_seconds` (`watchdog.py`), with the
 stacks of all processes. Stage processes come from a fork server that has the heavy modules imported.
 
-Here live processes and what becomes of them. Never here: what a stage does (`worker/`), how much memory it gets
-(`sizing.py`).
+Here live plans on their way and their results. Never here: the life of processes (`stage_group.py`), what a stage does
+(`worker/`), how much memory it gets (`sizing.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import multiprocessing.util
 import os
 import pickle
-import sys
 import tempfile
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipemax.config import DEFAULT_STALL_SECONDS, ConfigError, KVOffload, LoadFormat
+from pipemax.config import DEFAULT_STALL_SECONDS, KVOffload, LoadFormat
 from pipemax.cuda_options import CudaOptions
-from pipemax.executor.base import ExecutorError
-from pipemax.executor.exit_reason import describe_exit, memory_kills
 from pipemax.executor.sizing import KVWishes, available_cores, free_host_bytes, size_kv
-from pipemax.executor.stacks import StackSource, gather_stacks, process_state
-from pipemax.executor.temporary_folder import OWNER_VARIABLE
-from pipemax.executor.watchdog import Watchdog
+from pipemax.executor.stage_group import StageGroup
+from pipemax.executor.stage_handle import start_server
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import Capacity, Int64Array, StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from pipemax.worker.pulse import StageBeat
-    from pipemax.worker.stage_process import StageFailure, StageSettings
     from pipemax.worker.stage_worker import StageReport
     from pipemax.worker.start_up import StartUpPart
 
-_PRELOAD = ["pipemax.worker.preload"]
-# Read when the OpenMP library is loaded. Its threads spin while they wait otherwise, and there are more runnable
-# threads than cores here: stages, copies, links, the control plane (measured on two busy cores, a step of a tiny model:
-# 4 ms with this, 13 to 100 ms without).
-#
-# Of torch's own messages only errors: it warns of every NCCL group that it connects later than it could.
-_SERVER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-# When a stage dies, the others fail over broken links at the same moment; the cause may be told a little later.
-_DIAGNOSIS_SECONDS = 1.0
-_POLITE_SECONDS = 1.0
 _BEAT_SECONDS = 1.0
-
-_Message = TypeVar("_Message")
-
-
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """One process and the parent's ends of its pipes."""
-
-    index: int
-    process: ForkServerProcess
-    control: Connection
-    reports: Connection
-    stacks: Connection
-
-
-class _StageGroup:
-    """All stage processes: they live and end together."""
-
-    def __init__(self, settings: Sequence[StageSettings], *, stall_seconds: float) -> None:
-        self._owner_pid = os.getpid()
-        self._stages: list[_Stage] = []
-        self._failures: dict[int, StageFailure] = {}
-        self._exit_codes: dict[int, int] = {}
-        self._broken = False
-        self._error: ExecutorError | ConfigError | None = None
-        self._beats: dict[int, StageBeat] = {}
-        self._heard_seconds: dict[int, float] = {}
-        self._stall: ExecutorError | None = None
-        self._stall_seconds = stall_seconds
-        self._memory_kills_before = memory_kills()
-        self._watchdog = Watchdog(stall_seconds=stall_seconds, on_stall=self._break_stall)
-        try:
-            for one in settings:
-                self._stages.append(_start_stage(one))
-        except BaseException:
-            self.end()
-            raise
-
-    def send(self, message: bytes) -> None:
-        """The same bytes to every stage. Raises ExecutorError when one is gone."""
-        try:
-            with self._watchdog.watch():
-                for stage in self._stages:
-                    stage.control.send_bytes(message)
-                    self._watchdog.progress()
-        except OSError:
-            raise self._end_and_explain() from None
-
-    def receive(self) -> list[tuple[int, object]]:
-        """Blocks until a stage has said something; (stage, message) pairs, in order for each stage.
-
-        Raises ConfigError when a stage found the user's settings or files at fault, ExecutorError when one has failed
-        or died or nothing has got on for too long; all stages have been ended then.
-        """
-        with self._watchdog.watch():
-            while not self._broken:
-                messages = self._receive_until(None)
-                if messages:
-                    return messages
-        raise self._end_and_explain()
-
-    def collect(self, kind: type[_Message]) -> list[_Message]:
-        """One message of this kind from every stage, in stage order. Raises as `receive` does."""
-        got: dict[int, _Message] = {}
-        while len(got) < len(self._stages):
-            for index, message in self.receive():
-                assert isinstance(message, kind) and index not in got
-                got[index] = message
-        return [got[index] for index in range(len(self._stages))]
-
-    def end(self) -> None:
-        """Ends every process: by closing its pipe, else by SIGKILL. Idempotent; never raises."""
-        if os.getpid() != self._owner_pid:
-            return  # a fork of the parent: the stages are not its own
-        self._watchdog.stop()
-        for stage in self._stages:
-            with contextlib.suppress(OSError):
-                stage.control.close()
-        for by_force in (False, True):
-            deadline = time.monotonic() + _POLITE_SECONDS
-            for stage in self._stages:
-                if by_force and stage.process.exitcode is None:
-                    stage.process.kill()
-            for stage in self._stages:
-                stage.process.join(max(0.0, deadline - time.monotonic()))
-        for stage in self._stages:
-            with contextlib.suppress(OSError):
-                stage.reports.close()
-                stage.stacks.close()
-
-    def _receive_until(self, deadline_seconds: float | None) -> list[tuple[int, object]]:
-        """What stages have said, waiting for it if need be; notes failures and ends."""
-        timeout = None if deadline_seconds is None else max(0.0, deadline_seconds - time.monotonic())
-        watched: list[Connection | int] = [
-            stage.process.sentinel for stage in self._stages if stage.index not in self._exit_codes
-        ]
-        watched += [stage.reports for stage in self._stages if not stage.reports.closed]
-        ready = connection.wait(watched, timeout)
-        messages: list[tuple[int, object]] = []
-        for stage in self._stages:
-            # The exit code first: what the stage has said by then is all that it ever says.
-            code = stage.process.exitcode if stage.process.sentinel in ready else None
-            if not self._drain(stage, messages):
-                self._broken = True
-            if code is not None:
-                self._broken = True
-                self._exit_codes[stage.index] = code
-        return messages
-
-    def _drain(self, stage: _Stage, messages: list[tuple[int, object]]) -> bool:
-        """Takes all that the stage has said so far; False when it will say no more."""
-        from pipemax.worker.pulse import StageBeat
-        from pipemax.worker.stage_process import StageFailure
-
-        if stage.reports.closed:
-            return False
-        try:
-            while stage.reports.poll():
-                message = stage.reports.recv()
-                if isinstance(message, StageFailure):
-                    self._failures[stage.index] = message
-                    return False
-                self._heard_seconds[stage.index] = time.monotonic()
-                if isinstance(message, StageBeat):
-                    self._note_beat(stage.index, message)
-                else:
-                    self._watchdog.progress()
-                    messages.append((stage.index, message))
-        except (EOFError, OSError):
-            stage.reports.close()
-            return False
-        return True
-
-    def _note_beat(self, index: int, beat: StageBeat) -> None:
-        last = self._beats.get(index)
-        if last is None or beat.count != last.count:
-            self._watchdog.progress()
-        self._beats[index] = beat
-
-    def _break_stall(self) -> None:
-        """On the watchdog's thread: notes what every process is at, and kills the stages, which frees who waits."""
-        now_seconds = time.monotonic()
-        what = "; ".join(self._describe(stage, now_seconds) for stage in self._stages)
-        sources = [StackSource(f"stage {s.index}", s.process.pid, s.stacks) for s in self._stages if s.process.pid]
-        self._stall = ExecutorError(
-            f"the pipeline hangs: nothing got on for {self._stall_seconds:g} s ({what})", details=gather_stacks(sources)
-        )
-        for stage in self._stages:
-            stage.process.kill()
-
-    def _describe(self, stage: _Stage, now_seconds: float) -> str:
-        beat, heard_seconds = self._beats.get(stage.index), self._heard_seconds.get(stage.index)
-        what = f"stage {stage.index} {'starting' if beat is None else beat.doing}"
-        if heard_seconds is None or now_seconds - heard_seconds > self._stall_seconds / 2:
-            state = process_state(stage.process.pid) if stage.process.pid else "gone"
-            what += f", without a sign of life, its process is {state}"
-        return what
-
-    def _end_and_explain(self) -> ExecutorError | ConfigError:
-        """Finds out which stage was the first to go and why, and ends them all."""
-        if self._error is None:
-            self._error = self._stall
-        deadline = time.monotonic() + _DIAGNOSIS_SECONDS
-        while self._error is None and time.monotonic() < deadline:
-            self._receive_until(min(deadline, time.monotonic() + 0.05))
-            self._error = self._cause()
-        self.end()
-        if self._error is None:
-            self._error = self._cause_of_last_resort()
-        return self._error
-
-    def _cause(self) -> ExecutorError | ConfigError | None:
-        """The failure that is not the echo of another; None when there is none (yet)."""
-        for stage in self._stages:
-            failure, code = self._failures.get(stage.index), self._exit_codes.get(stage.index)
-            if failure is not None and failure.config_error:
-                return ConfigError(failure.message)
-            if failure is not None and not failure.is_echo:
-                return _stage_error(stage.index, failure)
-            if failure is None and code is not None:
-                reason = describe_exit(
-                    code, memory_kills_before=self._memory_kills_before, memory_kills_now=memory_kills()
-                )
-                return ExecutorError(f"stage {stage.index} {reason}")
-        return None
-
-    def _cause_of_last_resort(self) -> ExecutorError:
-        """When nothing but echoes is to be heard: a stage lives and does not answer."""
-        for index, failure in sorted(self._failures.items()):
-            return _stage_error(index, failure)
-        return ExecutorError("a stage closed its pipe and did not end; all stages have been ended")
 
 
 @dataclass(slots=True)
@@ -271,7 +60,7 @@ class ProcessExecutor:
     def __init__(
         self,
         *,
-        stages: _StageGroup,
+        stages: StageGroup,
         stage_layers: Sequence[range],
         capacity: Capacity,
         vocab_size: int,
@@ -324,7 +113,7 @@ class ProcessExecutor:
         ExecutorError when a stage fails otherwise.
         """
         # The server imports the heavy modules while this process imports what it needs of them.
-        _start_server()
+        start_server()
         from pipemax.worker.device import resolve_device
         from pipemax.worker.loader import check_checkpoint
         from pipemax.worker.stage_model import StageSlice, split_layers
@@ -337,7 +126,7 @@ class ProcessExecutor:
         layers_of = split_layers(spec.num_layers, num_stages) if choose_layers is None else choose_layers(device)
         # Mode 0700; gone when all are connected. It lies where the fork server removes it if this process is killed.
         with tempfile.TemporaryDirectory(prefix="pipemax-", dir=multiprocessing.util.get_temp_dir()) as private_dir:
-            stages = _StageGroup(
+            stages = StageGroup(
                 [
                     StageSettings(
                         stage=StageSlice(index, num_stages, layers),
@@ -472,68 +261,3 @@ class ProcessExecutor:
                 finished_seconds=max(report.finished_seconds for report in reports),
                 timings=tuple(report.timing for report in reports),
             )
-
-
-def _start_server() -> None:
-    """Starts the fork server, unless it runs."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    added = {name: value for name, value in _SERVER_ENVIRONMENT.items() if name not in os.environ}
-    # Always its own: this process may itself come from a fork server.
-    added[OWNER_VARIABLE] = f"{os.getpid()}:{multiprocessing.util.get_temp_dir()}"
-    before = os.environ.get(OWNER_VARIABLE)
-    os.environ.update(added)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name in added:
-            del os.environ[name]
-        if before is not None:
-            os.environ[OWNER_VARIABLE] = before
-
-
-def _start_stage(settings: StageSettings) -> _Stage:
-    from pipemax.worker.stage_process import run_stage_process
-
-    context = multiprocessing.get_context("forkserver")
-    child_control, control = context.Pipe(duplex=False)
-    reports, child_reports = context.Pipe(duplex=False)
-    stacks, child_stacks = context.Pipe(duplex=False)
-    process = context.Process(
-        target=run_stage_process,
-        args=(settings, child_control, child_reports, child_stacks),
-        name=f"pipemax-stage-{settings.stage.stage}",
-        daemon=True,
-    )
-    try:
-        with _main_module_hidden():
-            process.start()
-    except BaseException:
-        control.close()
-        reports.close()
-        stacks.close()
-        raise
-    finally:
-        # The child has its own; with these open here, neither side would see the other's end.
-        child_control.close()
-        child_reports.close()
-        child_stacks.close()
-    return _Stage(settings.stage.stage, process, control, reports, stacks)
-
-
-@contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
-    """Keeps multiprocessing from importing the user's script again in each stage, which has no use for it.
-
-    So scripts need no `if __name__ == "__main__"` guard.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = type(sys)("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _stage_error(index: int, failure: StageFailure) -> ExecutorError:
-    lines = failure.message.splitlines() or [""]
-    return ExecutorError(f"stage {index} failed: {lines[0]}", details=failure.traceback)

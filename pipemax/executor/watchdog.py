@@ -5,7 +5,7 @@
 
 A thread of its own, since the one that waits may be stuck itself: inside a pipe that a stopped process no longer reads.
 Time in which this process was stopped (Ctrl-Z) is not time in which nothing got on.
-Never here: what progress is, what is done about a stall (`process.py`).
+Never here: what progress is, what is done about a stall (`stage_group.py`).
 """
 
 from __future__ import annotations

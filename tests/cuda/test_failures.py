@@ -25,6 +25,7 @@ from pipemax import LLM, SamplingParams
 from pipemax.config import ConfigError, LoadFormat
 from pipemax.executor import process as process_module
 from pipemax.executor.base import ExecutorError
+from pipemax.executor.stage_group import StageGroup
 from pipemax.plan import Phase, StepPlan
 from tests.cuda.test_tokens import devices
 from tests.executor.test_process import descendants, stage_processes
@@ -181,7 +182,7 @@ def kill_while_loading(kill: Kill, doing: str, monkeypatch: pytest.MonkeyPatch) 
 
     It cannot have got much further: the beat is read by the thread that stages wait for before they take KV memory.
     """
-    note_beat = process_module._StageGroup._note_beat
+    note_beat = StageGroup._note_beat
 
     def note_beat_and_kill(group: Any, index: int, beat: Any) -> None:
         note_beat(group, index, beat)
@@ -189,7 +190,7 @@ def kill_while_loading(kill: Kill, doing: str, monkeypatch: pytest.MonkeyPatch) 
             kill(group._stages[VICTIM].process.pid)
 
     monkeypatch.setattr(process_module, "_BEAT_SECONDS", 0.005)
-    monkeypatch.setattr(process_module._StageGroup, "_note_beat", note_beat_and_kill)
+    monkeypatch.setattr(StageGroup, "_note_beat", note_beat_and_kill)
 
 
 class KillAtPlans:

@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipemax.config import ConfigError, LoadFormat
 from pipemax.executor.base import ExecutorError
-from pipemax.executor.process import ProcessExecutor, _StageGroup
+from pipemax.executor.process import ProcessExecutor
+from pipemax.executor.stage_group import StageGroup
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import StepPlan, StepResult
 from pipemax.worker import loader
@@ -289,7 +290,7 @@ def test_the_stage_that_failed_is_told_from_those_whose_links_broke(
 
 def test_an_echo_is_not_taken_for_the_cause() -> None:
     """Links break at the moment a stage fails, and what the others say of that may be heard first."""
-    group = _StageGroup([], stall_seconds=60)
+    group = StageGroup([], stall_seconds=60)
     group._stages = [SimpleNamespace(index=index) for index in range(3)]  # type: ignore[misc]
     for index in (0, 1):
         group._failures[index] = StageFailure("LinkError: gone", "", config_error=False, is_echo=True)

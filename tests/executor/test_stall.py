@@ -12,9 +12,11 @@ import pytest
 
 from pipemax.config import ConfigError
 from pipemax.executor import process as process_module
+from pipemax.executor import stage_group
 from pipemax.executor.base import ExecutorError
 from pipemax.executor.exit_reason import describe_exit, memory_kills
 from pipemax.executor.stacks import process_state
+from pipemax.executor.stage_group import StageGroup
 from pipemax.executor.watchdog import Watchdog
 from pipemax.worker.pulse import StageBeat
 from tests.executor.plans import Row, make_plan, new_request
@@ -96,7 +98,7 @@ def test_slow_stages_are_left_alone(model_dir: Path, no_stage_left: None) -> Non
 
 
 def test_layers_of_one_long_step_are_progress_and_idle_beats_are_not() -> None:
-    group = process_module._StageGroup([], stall_seconds=60)
+    group = StageGroup([], stall_seconds=60)
 
     def moves_on(beat: StageBeat) -> bool:
         before = group._watchdog._quiet_since
@@ -117,7 +119,7 @@ def test_a_stage_that_stops_while_it_loads(
     monkeypatch: pytest.MonkeyPatch,
     no_stage_left: None,  # noqa: F811
 ) -> None:
-    start_stage = process_module._start_stage
+    start_stage = stage_group.start_stage
 
     def start_and_stop(settings):  # type: ignore[no-untyped-def]
         stage = start_stage(settings)
@@ -125,7 +127,7 @@ def test_a_stage_that_stops_while_it_loads(
             os.kill(stage.process.pid, signal.SIGSTOP)
         return stage
 
-    monkeypatch.setattr(process_module, "_start_stage", start_and_stop)
+    monkeypatch.setattr(stage_group, "start_stage", start_and_stop)
     with pytest.raises(ExecutorError, match=r"stage 0 connecting.*; stage 1 starting.* stopped"):
         start(model_dir, stall_seconds=STALL_SECONDS)
 
