@@ -3,7 +3,8 @@
     load -> attention backend -> merged layers -> CUDA graphs -> one step of the largest size -> free bytes: KV's
 
 After the warm-up everything but KV has its memory (the allocator keeps what the largest step needed), so what is free
-is KV's, but for a margin. Never here: what the fast paths do (`llama_layers.py`, `piece_graphs.py`, `attention/`).
+is KV's, but for a margin. Never here: what the fast paths do (`llama_layers.py`, `merged_linear.py`,
+`piece_graphs.py`, `attention/`).
 """
 
 from __future__ import annotations
@@ -57,9 +58,12 @@ def open_attention(model: StageModel, choice: AttentionChoice) -> AttentionBacke
 
 
 def use_fast_paths(model: StageModel, options: CudaOptions, *, max_model_len: int, max_num_seqs: int) -> None:
-    """Switches on what the options and the model's family allow: own layers, and graphs of their pieces."""
-    own_layers = options.fused_layers and model.use_own_layers(_layer_ops(model.dtype), max_model_len=max_model_len)
-    if own_layers and options.cuda_graphs:
+    """Switches on what the options and the model's family allow: own layers, in graphs; else merged GEMMs."""
+    if not options.fused_layers:
+        return
+    if not model.use_own_layers(_layer_ops(model.dtype), max_model_len=max_model_len):
+        model.merge_linears()
+    elif options.cuda_graphs:
         model.capture_pieces(max_tokens=max_num_seqs)
 
 

@@ -29,6 +29,7 @@ from torch.nn.functional import embedding, linear
 from pipemax.attention.base import AttentionBackend, LayerAttention
 from pipemax.worker.attention_hook import StepContext
 from pipemax.worker.layer_ops import LayerOps
+from pipemax.worker.merged_linear import merge_weights
 from pipemax.worker.model_slice import StageSlice
 
 _FAMILIES = frozenset(
@@ -295,16 +296,7 @@ def _take_over(index: int, layer: Any, config: Any) -> _Layer:
 
 def _merge(*parts: nn.Linear) -> _Linear:
     """One linear layer that gives the parts' outputs side by side; the parts' weights become views of its own."""
-    weight = torch.cat([part.weight for part in parts])
-    bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
-    first = 0
-    for part in parts:
-        end = first + len(part.weight)
-        part.weight = nn.Parameter(weight[first:end], requires_grad=False)
-        if bias is not None:
-            part.bias = nn.Parameter(bias[first:end], requires_grad=False)
-        first = end
-    return _Linear(weight, bias)
+    return _Linear(*merge_weights(parts))
 
 
 def _cos_sin(rotary: Any, max_model_len: int) -> Tensor:

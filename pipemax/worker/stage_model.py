@@ -4,7 +4,8 @@ All rows of a step are one sequence of T tokens, each with its own position; whe
 attention only, which the hook reaches through `step_context`. Everything between the attention calls is Transformers'
 own code, whatever the family; so is the head, so that scalings and soft caps of logits are the family's.
 
-Llama-shaped families may run a forward of our own instead (`use_own_layers`), on CUDA from graphs (`capture_pieces`).
+Llama-shaped families may run a forward of our own instead (`use_own_layers`), on CUDA from graphs (`capture_pieces`);
+in the others, layers that get the same input may share a GEMM (`merge_linears`).
 
 Never here: KV memory (`kv_store.py`), sampling (`sampler.py`), sending activations (`transport.py`).
 
@@ -27,6 +28,7 @@ from pipemax.worker.attention_hook import StepContext
 from pipemax.worker.layer_ops import LayerOps
 from pipemax.worker.llama_layers import LlamaLayers
 from pipemax.worker.loader import Checkpoint, fill_buffers, fill_dummy, is_head_tied, load_weights
+from pipemax.worker.merged_linear import MergedLinears
 from pipemax.worker.model_slice import (
     ModelNotSupported,
     StageSlice,
@@ -64,6 +66,7 @@ class StageModel:
         self._head = model
         self._own_layers: LlamaLayers | None = None
         self._graphs: PieceGraphs | None = None
+        self._merged: MergedLinears | None = None
 
     @classmethod
     def load(
@@ -119,7 +122,19 @@ class StageModel:
     def use_own_layers(self, ops: LayerOps, *, max_model_len: int) -> bool:
         """From now on layers run in our own forward, if the family has one (`llama_layers.py`); whether it has."""
         self._own_layers = LlamaLayers.of(self._base, stage=self.stage, ops=ops, max_model_len=max_model_len)
+        assert self._own_layers is None or self._merged is None, "the merged weights would be held twice"
         return self._own_layers is not None
+
+    def merge_linears(self) -> MergedLinears:
+        """From now on q, k and v of a layer are one GEMM in Transformers' forward, and so are gate and up.
+
+        Only where there are no own layers. What is merged; once is enough, another call changes nothing.
+        """
+        assert self._own_layers is None
+        if self._merged is None:
+            layers: Any = self._base.layers
+            self._merged = MergedLinears.of([layers[layer] for layer in self.stage.layers])
+        return self._merged
 
     def capture_pieces(self, *, max_tokens: int) -> int:
         """From now on steps of up to `max_tokens` tokens run from CUDA graphs; gives how many there are.
@@ -159,13 +174,17 @@ class StageModel:
             if self._graphs is not None and len(positions_T) <= self._graphs.max_tokens:
                 return self._graphs.forward(input_, positions_T, step_context)
             return own.forward(input_, positions_T, step_context)
-        output = self._base(
-            input_ids=None if input_ids_T is None else input_ids_T[None],
-            inputs_embeds=None if hidden_TH is None else hidden_TH[None],
-            position_ids=positions_T[None],
-            use_cache=False,
-            step_context=step_context,
-        )
+        try:
+            output = self._base(
+                input_ids=None if input_ids_T is None else input_ids_T[None],
+                inputs_embeds=None if hidden_TH is None else hidden_TH[None],
+                position_ids=positions_T[None],
+                use_cache=False,
+                step_context=step_context,
+            )
+        finally:
+            if self._merged is not None:
+                self._merged.end_step()
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
