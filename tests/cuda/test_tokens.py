@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,34 @@ def test_a_long_random_run_gives_the_same_tokens_with_the_smallest_memory(model)
             stats = llm.stats()
     assert results[1] == results[0] and results[2] == results[0]
     assert stats.steps > 500 and stats.blocks_refilled > 1000
+
+
+@pytest.mark.parametrize("where", ["one gpu", "a gpu each"])
+def test_ten_thousand_steps_with_the_smallest_window_give_the_tokens_of_plenty(model, where):
+    """Two stages, hardly more memory than the longest request alone needs, random prompts and lengths.
+
+    Greedy: rows run in other company there, and of some ten thousand random draws one or two fall between sums that
+    differ in the last bit (so it is on a CPU, too).
+    """
+    count = 700
+    prompts = random_prompts(count)  # noqa: F811
+    params = [dataclasses.replace(one, temperature=0.0) for one in random_params(count)]
+    common = {
+        "dtype": "float32",
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 192,
+        "block_size": 8,
+    }
+    common |= {"num_stages": 2, "stage_devices": devices(2, where)}
+    longest = 192 // 8
+    results = []
+    for blocks, window in ((8192, 0), (longest + 2, longest - 2)):
+        with start(model, num_device_blocks=blocks, num_window_blocks=window, **common) as llm:
+            results.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+            stats = llm.stats()
+    assert results[1] == results[0]
+    assert stats.steps > 10_000 and stats.blocks_refilled > 20_000
 
 
 @pytest.mark.parametrize("where", ["one gpu", "a gpu each"])
