@@ -127,7 +127,7 @@ class MemberLinear(nn.Linear):
         output = self._shelf.take(group, self._place, input)
         if output is not None:
             return output
-        outputs = dict(enumerate(torch.split(linear(input, group.weight, group.bias), group.sizes, dim=-1)))
+        outputs = dict(enumerate(linear(input, group.weight, group.bias).split_with_sizes(group.sizes, dim=-1)))
         own = outputs.pop(self._place)
         self._shelf.put(_Waiting(group, input, _version(input), outputs))
         return own

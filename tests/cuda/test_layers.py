@@ -1,18 +1,18 @@
-"""Own layers and CUDA graphs against Transformers' forward on the same GPU and weights."""
+"""Own layers, merged GEMMs and CUDA graphs against Transformers' forward on the same GPU and weights."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma2Config, LlamaConfig, Olmo2Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from pipemax.attention import flashinfer
-from pipemax.cuda_options import AttentionChoice
+from pipemax.cuda_options import AttentionChoice, CudaOptions
 from pipemax.worker.decode_graphs import DecodeGraphs
-from pipemax.worker.gpu_stage import open_attention
+from pipemax.worker.gpu_stage import open_attention, use_fast_paths
 from pipemax.worker.layer_ops import FlashInferOps, TorchOps
-from tests.worker.families import random_model, save_model
+from tests.worker.families import FAMILIES, random_model, save_model
 from tests.worker.test_llama_layers import SERVED, logits_of
 from tests.worker.test_stage_model import BLOCK_SIZE, Pipeline
 
@@ -30,6 +30,12 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "qwen2": Qwen2Config(**{**SIZES, "num_attention_heads": 4}),
     "qwen3": Qwen3Config(**SIZES),
+}
+# Without layers of our own; with biases, norms behind the projections, experts (all of them: a choice may tip over).
+OTHER_CONFIGS = {
+    "gemma2": Gemma2Config(**SIZES, sliding_window=8),
+    "olmo2": Olmo2Config(**{**SIZES, "num_attention_heads": 4, "head_dim": 64}, attention_bias=True),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=4, moe_intermediate_size=128),
 }
 
 
@@ -49,6 +55,42 @@ def test_in_float32_graphs_give_what_transformers_gives(device, family, num_stag
         stage.capture_pieces(max_tokens=12)  # 13 and more new tokens run without graphs, fewer with idle rows
     for got, wanted in zip(logits_of(captured), expected, strict=True):
         torch.testing.assert_close(got, wanted, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(SERVED)))
+def test_in_float32_merged_gemms_give_what_transformers_gives(device, family, num_stages, tmp_path):
+    save_model(family, tmp_path)
+    expected = logits_of(Pipeline(tmp_path, num_stages, device=device))
+    merged = Pipeline(tmp_path, num_stages, device=device)
+    for stage in merged.stages:
+        use_fast_paths(stage, CudaOptions(), max_model_len=64, max_num_seqs=12)
+        assert stage.own_layers is None
+    for got, wanted in zip(logits_of(merged), expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=3e-5, rtol=3e-5)
+    for stage in merged.stages:
+        groups = stage.merge_linears()
+        assert groups.num_sharing == groups.num_groups and (groups.num_groups > 0) == (family != "phi3")
+
+
+@pytest.mark.skipif(not flashinfer.is_available(), reason="FlashInfer is not installed")
+@pytest.mark.parametrize("family", OTHER_CONFIGS)
+def test_in_bfloat16_merged_gemms_are_as_near_to_float32_as_transformers_is(device, family, tmp_path):
+    random_model(OTHER_CONFIGS[family]).save_pretrained(tmp_path)
+    exact = logits_of(Pipeline(tmp_path, 1, device=device, dtype="float32"))
+    results = {}
+    for fused in (False, True):
+        pipeline = Pipeline(tmp_path, 1, device=device, dtype="bfloat16")
+        stage = pipeline.stages[0]
+        pipeline.backend = open_attention(stage, AttentionChoice.FLASHINFER)
+        allocated = torch.cuda.memory_allocated(device)
+        use_fast_paths(stage, CudaOptions(fused_layers=fused), max_model_len=64, max_num_seqs=12)
+        # Nothing is held twice: but for rounding to the allocator's pieces, a merged weight takes what its parts took.
+        assert torch.cuda.memory_allocated(device) <= allocated + 512 * 2 * stage.spec.num_layers
+        results[fused] = errors(logits_of(pipeline), exact)
+        if fused:
+            assert 0 < stage.merge_linears().num_sharing == stage.merge_linears().num_groups
+    assert (results[True] < 1.3 * results[False] + 1e-3).all(), results
 
 
 @pytest.mark.skipif(not flashinfer.is_available(), reason="FlashInfer is not installed")
