@@ -145,7 +145,8 @@ def empty_model(
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise _refusal(config, name, f"Transformers cannot build it ({type(error).__name__}: {reason})") from error
     if model._can_set_experts_implementation():
-        # One grouped GEMM over all experts: the eager loop synchronises the host with the device in every layer.
+        # One grouped GEMM over all experts, where torch has a kernel for it (on CUDA: bfloat16 on compute capability 9
+        # and 10). Elsewhere it loops over them, and waits for the GPU in every layer, as the eager forward does.
         model.set_experts_implementation("grouped_mm")
     _check_structure(model, name=name)
     model.requires_grad_(False)
