@@ -18,9 +18,9 @@ from pipemax.scheduling.request_state import RequestState, RequestUpdate
 from pipemax.scheduling.scheduler import Scheduler
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineUpdate:
-    """One request's news with the logprobs that came along."""
+    """One request's news with the logprobs that came along. Like `RequestUpdate` never changed, and not frozen."""
 
     update: RequestUpdate
     logprobs: TokenLogprobs | None

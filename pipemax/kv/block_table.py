@@ -20,27 +20,20 @@ _NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 
 class BlockTable:
-    """Blocks of one request. Arrays are int32, longer than `num_blocks`; views are cut to it."""
+    """Blocks of one request. `slots`, `homes`, `home_tokens` are int32 [num_blocks]: views that `append` replaces."""
 
-    __slots__ = ("_arrays", "block_size", "num_absent", "num_blocks")
+    __slots__ = ("_arrays", "block_size", "home_tokens", "homes", "num_absent", "num_blocks", "slots")
+
+    slots: Int32Array
+    homes: Int32Array
+    home_tokens: Int32Array
 
     def __init__(self, *, block_size: int) -> None:
         self.block_size = block_size
         self.num_blocks = 0
         self.num_absent = 0
         self._arrays = np.empty((3, 8), dtype=np.int32)
-
-    @property
-    def slots(self) -> Int32Array:
-        return self._arrays[0, : self.num_blocks]
-
-    @property
-    def homes(self) -> Int32Array:
-        return self._arrays[1, : self.num_blocks]
-
-    @property
-    def home_tokens(self) -> Int32Array:
-        return self._arrays[2, : self.num_blocks]
+        self.slots, self.homes, self.home_tokens = self._arrays[:, :0]
 
     def append(self, *, slot: int, home: int) -> None:
         """One more block at the end, resident, with an empty home copy."""
@@ -51,6 +44,8 @@ class BlockTable:
             self._arrays = grown
         self._arrays[:, self.num_blocks] = (slot, home, 0)
         self.num_blocks += 1
+        # Made here and not when asked for: every step reads the slots of every row, few rows get a block.
+        self.slots, self.homes, self.home_tokens = self._arrays[:, : self.num_blocks]
 
     def place(self, block: int, slot: int) -> None:
         """An absent block becomes resident in `slot`."""

@@ -78,12 +78,14 @@ class KVManager:
         assert request_id not in self._tables
         self._tables[request_id] = BlockTable(block_size=self.block_size)
 
-    def grow(self, request_id: int, num_tokens: int) -> None:
-        """Allocates slots and homes up to `num_tokens`. The caller has made room in both pools."""
+    def grow(self, request_id: int, num_tokens: int) -> int:
+        """Allocates slots and homes up to `num_tokens`; gives how many. The caller has made room in both pools."""
         table = self._tables[request_id]
-        for _ in range(self.missing_blocks(request_id, num_tokens)):
+        num_missing = self.missing_blocks(request_id, num_tokens)
+        for _ in range(num_missing):
             last_home = int(table.homes[-1]) if table.num_blocks else None
             table.append(slot=self.device.allocate(), home=self.host.allocate(after=last_home))
+        return num_missing
 
     def release(self, request_id: int) -> None:
         """The request is over (or starts anew): all its blocks are free.

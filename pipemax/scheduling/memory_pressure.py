@@ -134,10 +134,33 @@ class MemoryPressure:
         if request.status is not Status.RUNNING:
             self._leftovers[request.request_id] = request
 
-    def make_device_room_for_rows(self, requests: Sequence[RequestState], *, batch_id: int) -> None:
-        """One pass of cheap drops for all the blocks that a decode step needs."""
+    def extend_batch(self, batch_id: int) -> list[RequestState]:
+        """Room for one more token of each member, in order of age; gives those that got it.
+
+        Of the others some have left their batch: for an older one's sake, or to come back in another shape.
+        """
+        members = self._population.batches[batch_id].copy()
         tables, block_size = self._kv.tables, self._kv.block_size
-        missing = sum([r.num_computed == tables[r.request_id].num_blocks * block_size for r in requests])
+        growing = [
+            request
+            for request in members
+            if not request.num_computed % block_size
+            and request.num_computed == tables[request.request_id].num_blocks * block_size
+        ]
+        self._make_device_room(len(growing), batch_id=batch_id)
+        if not self._all_fit(members, growing, batch_id=batch_id):
+            return list(self._extend_one_by_one(members))
+        for request in growing:
+            self._grow(request, request.num_computed + 1)
+        request_ids = [request.request_id for request in members]
+        self._rows.update(request_ids)
+        self._stalled.difference_update(request_ids)
+        self._window_used += self._batch_absent[batch_id]
+        self._refill_blocks += self._batch_absent[batch_id]
+        return members
+
+    def _make_device_room(self, missing: int, *, batch_id: int) -> None:
+        """One pass of cheap drops for all the blocks that a decode step needs."""
         if missing > self._kv.device.num_free:
             self._drop_leftovers(missing)
             batches = self._population.batches
@@ -148,37 +171,39 @@ class MemoryPressure:
                 self._drop_to_window(other, missing)
             self._drop_leftovers(missing, prompts_too=True)
 
-    def extend_rows(self, requests: Iterable[RequestState]) -> Iterator[RequestState]:
-        """Room for one more token of each running request, in that order; gives those that got it.
+    def _all_fit(self, members: Sequence[RequestState], growing: Sequence[RequestState], *, batch_id: int) -> bool:
+        """Whether nobody has to make room for anybody, as in nearly every step: then no member is looked at alone."""
+        kv, absent = self._kv, self._batch_absent[batch_id]
+        return (
+            len(growing) <= min(kv.device.num_free, kv.host.num_free)
+            and self._window_used + absent <= kv.window.num_blocks
+            and self._budget.allows(self._refill_blocks + absent, num_rows=len(self._rows) + len(members))
+        )
 
-        Of the others some have left their batch: for an older one's sake, or to come back in another shape.
-        """
-        tables, window, budget, rows = self._kv.tables, self._kv.window, self._budget, self._rows
-        block_size, stalled = self._kv.block_size, self._stalled
-        for request in requests:
+    def _extend_one_by_one(self, members: Iterable[RequestState]) -> Iterator[RequestState]:
+        """As `extend_batch`: the oldest first, and each takes what it needs from the younger ones."""
+        kv, rows = self._kv, self._rows
+        for request in members:
             if request.status is not Status.RUNNING:
                 continue  # it had to leave meanwhile
-            table = tables[request.request_id]
-            absent = table.num_absent
-            if absent > window.num_blocks:
+            table = kv.tables[request.request_id]
+            if table.num_absent > kv.window.num_blocks:
                 self.leave(request)  # the window has become smaller
                 continue
             if (
-                not budget.allows(self._refill_blocks + absent, num_rows=len(rows) + 1)
-                or self._window_used + absent > window.num_blocks
+                not self._budget.allows(self._refill_blocks + table.num_absent, num_rows=len(rows) + 1)
+                or self._window_used + table.num_absent > kv.window.num_blocks
             ):
                 # The link has become slower, or the step shorter, than when blocks were dropped; or the first row
                 # needs more than a step's budget, and then it runs alone.
                 continue
-            if request.num_computed == table.num_blocks * block_size:
-                if not self._add_block(request):
-                    continue
-                absent = table.num_absent
+            full = request.num_computed == table.num_blocks * kv.block_size
+            if full and not self._add_block(request):
+                continue
             rows.add(request.request_id)
-            self._window_used += absent
-            self._refill_blocks += absent
-            if stalled:
-                stalled.discard(request.request_id)
+            self._window_used += table.num_absent
+            self._refill_blocks += table.num_absent
+            self._stalled.discard(request.request_id)
             yield request
 
     def _add_block(self, request: RequestState) -> bool:
@@ -350,11 +375,12 @@ class MemoryPressure:
         request.reserved_blocks = blocks
 
     def _grow(self, request: RequestState, num_tokens: int) -> None:
-        before = self.num_blocks(request)
-        self._kv.grow(request.request_id, num_tokens)
+        num_added = self._kv.grow(request.request_id, num_tokens)
         if request.batch_id is not None:
-            self._batch_blocks[request.batch_id] += self.num_blocks(request) - before
-        self._reserve(request, max(request.reserved_blocks, self.num_blocks(request)))
+            self._batch_blocks[request.batch_id] += num_added
+        num_blocks = self.num_blocks(request)
+        if num_blocks > request.reserved_blocks:
+            self._reserve(request, num_blocks)
 
     def _drop_leftovers(self, wanted: int, *, sparing: RequestState | None = None, prompts_too: bool = False) -> None:
         """Drops blocks of requests that are in no batch, youngest first, until `wanted` slots are free.
@@ -385,7 +411,7 @@ class MemoryPressure:
             return
         # Few requests with many absent blocks make longer copies than many with few.
         members = sorted(
-            self._population.batches[batch_id].values(),
+            self._population.batches[batch_id],
             key=lambda r: (-self._kv.tables[r.request_id].num_absent, -r.request_id),
         )
         for request in members:
@@ -403,11 +429,7 @@ class MemoryPressure:
         """Of the batch that holds most, so that the batches stay equal."""
         batches = self._population.batches
         for batch_id in sorted(range(len(batches)), key=lambda batch_id: -self._batch_blocks[batch_id]):
-            victim = max(
-                (r for r in batches[batch_id].values() if r.request_id not in self._rows),
-                key=lambda r: r.request_id,
-                default=None,
-            )
+            victim = next((r for r in reversed(batches[batch_id]) if r.request_id not in self._rows), None)
             if victim is not None and victim.request_id > younger_than.request_id:
                 return victim
         return None

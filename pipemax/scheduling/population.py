@@ -1,4 +1,4 @@
-"""`Population`: which live request is in which state. Queues by age, one dict a batch; no memory, no policy."""
+"""`Population`: which live request is in which state. Queues and batches by age; no memory, no policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _outputs(request: RequestState) -> tuple[int, int]:
 
 
 class Population:
-    """Live requests. `waiting` and `ready` are in order of age, `batches[b]` maps request ids to members.
+    """Live requests. `waiting`, `ready` and the members of each batch in flight, `batches[b]`, are in order of age.
 
     `ready_by_outputs` has the READY ones again, those with the fewest outputs first.
     """
@@ -28,7 +28,7 @@ class Population:
         self.waiting: list[RequestState] = []
         self.ready: list[RequestState] = []
         self.ready_by_outputs: list[RequestState] = []
-        self.batches: list[dict[int, RequestState]] = [{} for _ in range(num_batches)]
+        self.batches: list[list[RequestState]] = [[] for _ in range(num_batches)]
 
     @property
     def num_running(self) -> int:
@@ -50,7 +50,7 @@ class Population:
         self._take_out(request)
         request.status, request.batch_id = Status.RUNNING, batch_id
         request.outputs_at_join = request.num_outputs
-        self.batches[batch_id][request.request_id] = request
+        bisect.insort(self.batches[batch_id], request, key=_age)
 
     def make_waiting(self, request: RequestState) -> None:
         """The request starts anew, in its old place in the queue."""
@@ -64,12 +64,13 @@ class Population:
 
     def remove(self, request: RequestState) -> None:
         self._take_out(request)
+        request.status = Status.FINISHED
         del self.requests[request.request_id]
 
     def _take_out(self, request: RequestState) -> None:
         if request.status is Status.RUNNING:
             assert request.batch_id is not None
-            del self.batches[request.batch_id][request.request_id]
+            _delete(self.batches[request.batch_id], request, key=_age)
             request.batch_id = None
         elif request.status is Status.READY:
             _delete(self.ready, request, key=_age)

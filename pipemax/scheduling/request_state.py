@@ -5,8 +5,8 @@
        └───────────────────┴──── restart ─────┘      (host memory is full: its KV is dropped and computed again)
 
 READY requests hold KV at home and wait for a place in a batch; RUNNING ones are members of a batch in flight; a
-DRAINING one holds nothing and only awaits results. Token *values* arrive late, their number is known as soon as a
-step is planned: the counts here are those after every step submitted so far.
+DRAINING one holds nothing and only awaits results; a FINISHED one is live no more. Token *values* arrive late, their
+number is known as soon as a step is planned: the counts here are those after every step submitted so far.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Status(enum.Enum):
     READY = "ready"
     RUNNING = "running"
     DRAINING = "draining"
+    FINISHED = "finished"
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +33,7 @@ class RequestState:
     max_outputs          most tokens to generate: max_tokens and the model's length, whichever is less
     num_computed         tokens whose KV exists once every submitted step has run
     num_outputs          sampled tokens once every submitted step has run
+    num_received         of those, the ones whose values have come in
     outputs_at_join      of those, what it had when it joined a batch last
     last_sample_step     the step that samples its newest token; -1 before the first
     reserved_blocks      home blocks that admission counts for it
@@ -50,7 +52,7 @@ class RequestState:
     num_outputs: int = 0
     outputs_at_join: int = 0
     last_sample_step: int = -1
-    output_token_ids: list[int] = field(default_factory=list)
+    num_received: int = 0
     reserved_blocks: int = 0
     num_prompt: int = field(init=False)
 
@@ -82,9 +84,12 @@ class RequestState:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestUpdate:
-    """News of one request from one result: a token, or an end, or both."""
+    """News of one request from one result: a token, or an end, or both.
+
+    Never changed once it is given out. Not declared frozen: one is made for every token, at four times the cost.
+    """
 
     request_id: int
     token_id: int | None

@@ -30,7 +30,7 @@ from pipemax.cost.load import StepLoad
 from pipemax.kv.manager import KVManager
 from pipemax.kv.prefetch import PrefetchBudget
 from pipemax.kv.window import Placement
-from pipemax.plan import NO_BATCH, Capacity, NewRequest, Phase, StepPlan, StepResult
+from pipemax.plan import NO_BATCH, BlockCopies, Capacity, NewRequest, Phase, StepPlan, StepResult
 from pipemax.request import FinishReason
 from pipemax.scheduling.balancer import Balancer
 from pipemax.scheduling.memory_pressure import MemoryPressure
@@ -40,6 +40,7 @@ from pipemax.scheduling.population import Population
 from pipemax.scheduling.request_state import RequestState, RequestUpdate, Status
 from pipemax.scheduling.turns import Turns
 
+_NO_BLOCKS = np.empty(0, dtype=np.int32)
 # The window is changed when it is off by more than this share: a slot more or less is not worth a change.
 _WINDOW_TOLERANCE = 0.05
 
@@ -57,17 +58,55 @@ class SchedulerStats:
     num_turns: int = 0  # that members of batches ended for others'
 
 
-class _Row(NamedTuple):
+class _Chunk(NamedTuple):
+    """A row of prefill."""
+
     request: RequestState
     num_new: int
-    samples: bool  # whether it yields a token: with it, every token that exists has its KV
+    samples: bool  # whether it is the last one, that yields a token: with it, every token that exists has its KV
 
 
 @dataclass(frozen=True, slots=True)
 class _StagedStep:
+    """Rows in the order of the plan: one new token, and one sampled, for each of `members`; then `chunks`.
+
+    Members are hundreds of rows that are all alike, so they are treated as a whole wherever that is possible.
+    """
+
     batch_id: int
-    rows: tuple[_Row, ...]
+    members: list[RequestState]
+    chunks: list[_Chunk]
     placement: Placement
+
+    @property
+    def requests(self) -> list[RequestState]:
+        return [*self.members, *[chunk.request for chunk in self.chunks]]
+
+    @property
+    def phase(self) -> Phase:
+        if not self.members and not self.chunks:
+            return Phase.COPY
+        return Phase.MIXED if self.members and self.chunks else Phase.DECODE if self.members else Phase.PREFILL
+
+    def still_live(self) -> _StagedStep:
+        """Without the rows of requests that have finished meanwhile. The refill stays: it is on its way already."""
+        is_live = np.array([request.status is not Status.FINISHED for request in self.requests], dtype=np.bool_)
+        if is_live.all():
+            return self
+        lengths = np.diff(self.placement.indptr)
+        indptr = np.zeros(np.count_nonzero(is_live) + 1, dtype=np.int32)
+        np.cumsum(lengths[is_live], out=indptr[1:])
+        return _StagedStep(
+            self.batch_id,
+            [request for request in self.members if request.status is not Status.FINISHED],
+            [chunk for chunk in self.chunks if chunk.request.status is not Status.FINISHED],
+            Placement(indptr, self.placement.indices[np.repeat(is_live, lengths)], self.placement.refill),
+        )
+
+
+_NO_ROWS = _StagedStep(
+    NO_BATCH, [], [], Placement(np.zeros(1, dtype=np.int32), _NO_BLOCKS, BlockCopies(_NO_BLOCKS, _NO_BLOCKS))
+)
 
 
 class Scheduler:
@@ -155,7 +194,7 @@ class Scheduler:
         request = self._population.requests.get(request_id)
         if request is not None:
             if is_complete:
-                self._output_length.observe(len(request.output_token_ids))
+                self._output_length.observe(request.num_received)
             self._memory.forget(request)
             self._population.remove(request)
             if request.announced:
@@ -170,32 +209,34 @@ class Scheduler:
         if result.batch_id != NO_BATCH:
             self._in_flight[result.batch_id] -= 1
         assert self._plans_in_flight >= 0 and min(self._in_flight) >= 0
+        requests, errors = self._population.requests, result.row_errors
         updates = []
         for request_id, token_id in zip(result.request_ids.tolist(), result.token_ids.tolist(), strict=True):
-            request = self._population.requests.get(request_id)
+            request = requests.get(request_id)
             if request is None:
                 continue
-            error = result.row_errors.get(request_id)
-            if error is not None:
+            if errors and request_id in errors:
                 self.finish_request(request_id, is_complete=False)
-                updates.append(RequestUpdate(request_id, None, FinishReason.ERROR, error=error))
-            else:
-                updates.append(self._take_token(request, token_id))
+                updates.append(RequestUpdate(request_id, None, FinishReason.ERROR, error=errors[request_id]))
+                continue
+            update = RequestUpdate(request_id, token_id)
+            updates.append(update)
+            request.num_received += 1
+            assert request.num_received <= request.num_outputs
+            self.stats.output_tokens += 1
+            if token_id in request.stop_token_ids or request.num_received == request.max_outputs:
+                self._end_if_over(request, update)
         return updates
 
-    def _take_token(self, request: RequestState, token_id: int) -> RequestUpdate:
-        outputs = request.output_token_ids
-        outputs.append(token_id)
-        assert len(outputs) <= request.num_outputs <= request.max_outputs
-        self.stats.output_tokens += 1
-        reason, stop_reason = None, None
-        if token_id in request.stop_token_ids and len(outputs) > request.sampling.min_tokens:
-            reason, stop_reason = FinishReason.STOP, token_id
-        elif len(outputs) == request.max_outputs:
-            reason = FinishReason.LENGTH
-        if reason is not None:
-            self.finish_request(request.request_id, is_complete=True)
-        return RequestUpdate(request.request_id, token_id, reason, stop_reason)
+    def _end_if_over(self, request: RequestState, update: RequestUpdate) -> None:
+        """The request ends with its newest token, if that is a stop token past `min_tokens`, or the last of all."""
+        if update.token_id in request.stop_token_ids and request.num_received > request.sampling.min_tokens:
+            update.finish_reason, update.stop_reason = FinishReason.STOP, update.token_id
+        elif request.num_received == request.max_outputs:
+            update.finish_reason = FinishReason.LENGTH
+        else:
+            return
+        self.finish_request(request.request_id, is_complete=True)
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -219,32 +260,31 @@ class Scheduler:
 
         Without a staged step, or when all its rows are over, the plan has no rows: it only moves blocks.
         """
-        batch_id, kept = (NO_BATCH, []) if staged is None else (staged.batch_id, self._live_rows(staged))
-        rows = [] if staged is None else [staged.rows[index] for index in kept]
-        if not rows:
-            batch_id = NO_BATCH
-        indptr, indices = self._block_tables(staged, kept)
-        num_computed = np.array([row.request.num_computed for row in rows], dtype=np.int32)
-        samples = np.array([row.samples for row in rows], dtype=np.bool_)
-        depends_on = max([row.request.last_sample_step for row in rows], default=-1)
-        phase = self._phase_of(rows)
-        new_requests = self._announce(rows)
+        step = _NO_ROWS if staged is None else staged.still_live()
+        requests, num_members = step.requests, len(step.members)
+        num_computed = np.array([request.num_computed for request in requests], dtype=np.int32)
+        num_new = np.ones(len(requests), dtype=np.int32)
+        num_new[num_members:] = [chunk.num_new for chunk in step.chunks]
+        samples = np.ones(len(requests), dtype=np.bool_)
+        samples[num_members:] = [chunk.samples for chunk in step.chunks]
+        depends_on = max([request.last_sample_step for request in requests], default=-1)
+        new_requests = self._announce(step.chunks)
         finished_ids, self._finished_ids = tuple(self._finished_ids), []
-        num_new = np.array([row.num_new for row in rows], dtype=np.int32)
-        for row in rows:
-            self._advance(row)
-        self._plan_prefetch(StepLoad.of_rows(num_computed, num_new, int(samples.sum())))
+        self._advance_members(step.members)
+        for chunk in step.chunks:
+            self._advance_chunk(chunk)
+        self._plan_prefetch(StepLoad.of_rows(num_computed, num_new, int(np.count_nonzero(samples))))
         self._staged = self._stage()
         return StepPlan(
             step_id=self._next_step,
-            batch_id=batch_id,
-            phase=phase,
-            request_ids=np.array([row.request.request_id for row in rows], dtype=np.int64),
+            batch_id=step.batch_id if requests else NO_BATCH,
+            phase=step.phase,
+            request_ids=np.array([request.request_id for request in requests], dtype=np.int64),
             num_computed_tokens=num_computed,
             num_new_tokens=num_new,
             samples=samples,
-            block_table_indptr=indptr,
-            block_table_indices=indices,
+            block_table_indptr=step.placement.indptr,
+            block_table_indices=step.placement.indices,
             write_home=self.kv.take_write_home(),
             refill=(self._staged.placement if self._staged is not None else self.kv.place([])).refill,
             new_requests=new_requests,
@@ -262,57 +302,50 @@ class Scheduler:
         self.stats.blocks_refilled += len(plan.refill)
         self._forecast.submitted(plan)
 
-    def _live_rows(self, staged: _StagedStep) -> list[int]:
-        requests = self._population.requests
-        return [i for i, row in enumerate(staged.rows) if requests.get(row.request.request_id) is row.request]
-
-    @staticmethod
-    def _block_tables(staged: _StagedStep | None, kept: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        if staged is None or not kept:
-            return np.zeros(1, dtype=np.int32), np.empty(0, dtype=np.int32)
-        indptr, indices = staged.placement.indptr, staged.placement.indices
-        if len(kept) == len(staged.rows):
-            return indptr, indices
-        lengths = np.diff(indptr)[kept]
-        cut = np.zeros(len(kept) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=cut[1:])
-        return cut, np.concatenate([indices[indptr[i] : indptr[i + 1]] for i in kept])
-
-    @staticmethod
-    def _phase_of(rows: list[_Row]) -> Phase:
-        if not rows:
-            return Phase.COPY
-        decode = sum(row.request.status is Status.RUNNING for row in rows)
-        return Phase.DECODE if decode == len(rows) else Phase.MIXED if decode else Phase.PREFILL
-
-    def _announce(self, rows: list[_Row]) -> tuple[NewRequest, ...]:
-        fresh = [request for request, _, _ in rows if not request.announced]
+    def _announce(self, chunks: list[_Chunk]) -> tuple[NewRequest, ...]:
+        """A request's first row is one of prefill."""
+        fresh = [chunk.request for chunk in chunks if not chunk.request.announced]
         for request in fresh:
             request.announced = True
             self.stats.num_announced += 1
             self.stats.prompt_tokens += request.num_prompt
         return tuple(request.announcement() for request in fresh)
 
-    def _advance(self, row: _Row) -> None:
-        """The row is submitted: counts move on, full blocks go home, states change."""
-        request, num_new, samples = row
-        prefill = request.status is Status.WAITING
+    def _advance_members(self, members: list[RequestState]) -> None:
+        """One token of each is submitted: counts move on, and a block that it fills goes home."""
+        block_size, step_id = self._capacity.block_size, self._next_step
+        for request in members:
+            request.num_computed = num_computed = request.num_computed + 1
+            request.num_outputs = num_outputs = request.num_outputs + 1
+            request.last_sample_step = step_id
+            if num_outputs == request.max_outputs:
+                self._drain(request)
+            elif not num_computed % block_size:
+                self.kv.write_home(
+                    request.request_id, first_token=num_computed - 1, num_tokens=num_computed, partial_too=False
+                )
+
+    def _advance_chunk(self, chunk: _Chunk) -> None:
+        """Part of a prompt is submitted: all that was computed goes home, and with the last part it is READY."""
+        request, num_new, samples = chunk
         first_token = request.num_computed
-        request.num_computed = num_computed = first_token + num_new
+        request.num_computed += num_new
         if samples:
             request.num_outputs += 1
             request.last_sample_step = self._next_step
-            if request.num_outputs >= request.max_outputs:
-                # Nothing reads its KV again. Steps run in order, so its memory is free for the next ones right away.
-                self._memory.forget(request)
-                self._population.drain(request)
+            if request.num_outputs == request.max_outputs:
+                self._drain(request)
                 return
-        if prefill or not num_computed % self._capacity.block_size:  # else no block has become full
-            self.kv.write_home(
-                request.request_id, first_token=first_token, num_tokens=num_computed, partial_too=prefill
-            )
-        if prefill and samples:
+        self.kv.write_home(
+            request.request_id, first_token=first_token, num_tokens=request.num_computed, partial_too=True
+        )
+        if samples:
             self._population.make_ready(request)
+
+    def _drain(self, request: RequestState) -> None:
+        """Nothing reads its KV again. Steps run in order, so its memory is free for the next ones right away."""
+        self._memory.forget(request)
+        self._population.drain(request)
 
     # -- staging -------------------------------------------------------------------------------------------------------
 
@@ -338,19 +371,22 @@ class Scheduler:
         for phase in choice.preference:
             for turn in range(len(self._in_flight) if phase is not Phase.PREFILL else 1):
                 batch_id = (self._next_batch + turn) % len(self._in_flight)
-                rows: list[_Row] = []
+                members: list[RequestState] = []
+                chunks: list[_Chunk] = []
                 self._memory.begin_step()
                 if phase is not Phase.PREFILL:
-                    self._add_decode_rows(rows, batch_id, keep_free=self._memory.prompt_reserve(choice.chunk_tokens))
+                    keep_free = self._memory.prompt_reserve(choice.chunk_tokens)
+                    members = self._decode_members(batch_id, keep_free=keep_free)
                 if phase is not Phase.DECODE:
-                    self._add_prefill_rows(rows, within_seconds=choice.step_seconds if rows else None)
-                if rows:
+                    chunks = self._prefill_chunks(members, within_seconds=choice.step_seconds if members else None)
+                if members or chunks:
                     self._next_batch = (batch_id + 1) % len(self._in_flight)
+                    requests = [*members, *[chunk.request for chunk in chunks]]
                     if not waiting:
-                        self._memory.promote_absent([row.request for row in rows])
-                    placement = self.kv.place([row.request.request_id for row in rows])
-                    assert self._budget.allows(len(placement.refill), num_rows=len(rows))
-                    return _StagedStep(batch_id, tuple(rows), placement)
+                        self._memory.promote_absent(requests)
+                    placement = self.kv.place([request.request_id for request in requests])
+                    assert self._budget.allows(len(placement.refill), num_rows=len(requests))
+                    return _StagedStep(batch_id, members, chunks, placement)
         return None
 
     def _view(self) -> PhaseView:
@@ -380,26 +416,24 @@ class Scheduler:
         """KV blocks that all batches in flight may hold together: resident ones, and the window once for each."""
         return self._capacity.num_device_blocks + (len(self._in_flight) - 1) * self.kv.window.num_blocks
 
-    def _add_decode_rows(self, rows: list[_Row], batch_id: int, *, keep_free: int) -> None:
+    def _decode_members(self, batch_id: int, *, keep_free: int) -> list[RequestState]:
+        """Members of the batch, those that join it among them, with room for one more token."""
         population, memory = self._population, self._memory
         batch = population.batches[batch_id]
         target = self._balancer.target_rows(num_ready=len(population.ready), num_running=population.num_running)
-        members = [batch[request_id] for request_id in sorted(batch)]
-        for request in members[target:]:
+        for request in batch[target:]:
             memory.leave(request)
-        members = members[:target]
         in_turns = self._are_in_turns()
         if in_turns:
             coming = memory.travel_beside(batch_id, filterfalse(self._is_recent, population.ready_by_outputs))
-            for request in self._turns.over(members, coming):
+            for request in self._turns.over(batch, coming):
                 memory.leave(request)
                 self.stats.num_turns += 1
-            members = [request for request in members if request.status is Status.RUNNING]
-        memory.make_device_room_for_rows(members, batch_id=batch_id)
-        rows += [_Row(request, 1, samples=True) for request in memory.extend_rows(members)]
+        members = memory.extend_batch(batch_id)
         if not memory.stalled:
             queue = population.ready_by_outputs if in_turns else population.ready
-            self._join_ready(rows, batch_id, list(queue), target=target, keep_free=keep_free)
+            members += self._join_ready(batch_id, queue.copy(), target=target, keep_free=keep_free)
+        return members
 
     def _are_in_turns(self) -> bool:
         population, memory = self._population, self._memory
@@ -413,9 +447,10 @@ class Scheduler:
         )
 
     def _join_ready(
-        self, rows: list[_Row], batch_id: int, ready: Sequence[RequestState], *, target: int, keep_free: int
-    ) -> None:
-        """Fills the batch from READY, in that order, while device, window and link have room."""
+        self, batch_id: int, ready: Sequence[RequestState], *, target: int, keep_free: int
+    ) -> list[RequestState]:
+        """Fills the batch from READY, in that order, while device, window and link have room; gives who came."""
+        joined: list[RequestState] = []
         population, memory = self._population, self._memory
         live_blocks = self._live_blocks() - keep_free
         for request in ready:
@@ -434,21 +469,24 @@ class Scheduler:
                 memory.board(request, keep_free=reserve)
                 break
             memory.join(request, batch_id)
-            rows.append(_Row(request, 1, samples=True))
+            joined.append(request)
+        return joined
 
     def _is_recent(self, request: RequestState) -> bool:
         """Its token is still under way: taking it now would make the first stage wait for it."""
         return request.last_sample_step + self._capacity.num_stages > self._next_step + 1
 
-    def _add_prefill_rows(self, rows: list[_Row], *, within_seconds: float | None) -> None:
-        """Chunks of waiting prompts, oldest first: all that a step may have, or what it has time for."""
+    def _prefill_chunks(self, members: Sequence[RequestState], *, within_seconds: float | None) -> list[_Chunk]:
+        """Chunks of waiting prompts, oldest first, beside those members: all that a step may have, or has time for."""
         memory = self._memory
+        chunks: list[_Chunk] = []
         if memory.stalled:
-            return
-        load = None if within_seconds is None else self._load_of(rows)
-        tokens_left = self._max_num_batched_tokens - len(rows)
-        for request in list(self._population.waiting):
-            if tokens_left <= 0 or len(rows) >= self._max_num_seqs or not memory.can_admit(request):
+            return chunks
+        load = None if within_seconds is None else self._load_of(members)
+        tokens_left = self._max_num_batched_tokens - len(members)
+        for request in self._population.waiting.copy():
+            num_rows = len(members) + len(chunks)
+            if tokens_left <= 0 or num_rows >= self._max_num_seqs or not memory.can_admit(request):
                 break
             wanted = min(request.num_pending, tokens_left)
             if load is not None and within_seconds is not None:
@@ -457,15 +495,17 @@ class Scheduler:
             if num_new == 0:
                 break
             tokens_left -= num_new
-            rows.append(_Row(request, num_new, samples=num_new == request.num_pending))
+            chunks.append(_Chunk(request, num_new, samples=num_new == request.num_pending))
             if num_new < request.num_pending:
                 break
             if load is not None:
                 load = load.plus_chunk(num_computed=request.num_computed, num_new=num_new, samples=True)
+        return chunks
 
-    def _load_of(self, rows: list[_Row]) -> StepLoad:
-        computed = np.array([row.request.num_computed for row in rows], dtype=np.int64)
-        return StepLoad.of_rows(computed, np.array([row.num_new for row in rows], dtype=np.int64), len(rows))
+    @staticmethod
+    def _load_of(members: Sequence[RequestState]) -> StepLoad:
+        num_computed = sum([request.num_computed for request in members])
+        return StepLoad.of_decode(num_rows=len(members), kv_tokens=num_computed + len(members))
 
     def _chunk_within(self, seconds: float, load: StepLoad, request: RequestState, *, at_most: int) -> int:
         """The most tokens of a prompt that keep a step of that load within a time, nearly; 0 if there are none."""

@@ -119,7 +119,7 @@ class Watcher:
     def on_submit(self, plan: StepPlan, *, now_seconds: float, gauges: EngineGauges) -> None:
         # A plan's refill is for the rows staged meanwhile. One row alone may pass the budget: it must be able to run.
         staged = self._scheduler._staged
-        is_lone = staged is not None and len(staged.rows) == 1
+        is_lone = staged is not None and len(staged.requests) == 1
         assert len(plan.refill) <= self._forecast.budget_blocks or is_lone, "the prefetch budget is passed"
         self._forecast.budget_blocks = 0
         check_books(self._scheduler)
