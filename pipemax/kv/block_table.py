@@ -42,10 +42,13 @@ class BlockTable:
             grown = np.empty((3, 2 * capacity), dtype=np.int32)
             grown[:, :capacity] = self._arrays
             self._arrays = grown
-        self._arrays[:, self.num_blocks] = (slot, home, 0)
+        arrays, block = self._arrays, self.num_blocks
         self.num_blocks += 1
-        # Made here and not when asked for: every step reads the slots of every row, few rows get a block.
-        self.slots, self.homes, self.home_tokens = self._arrays[:, : self.num_blocks]
+        # Views are made here and not when asked for: every step reads the slots of every row, few rows get a block.
+        self.slots = arrays[0, : self.num_blocks]
+        self.homes = arrays[1, : self.num_blocks]
+        self.home_tokens = arrays[2, : self.num_blocks]
+        self.slots[block], self.homes[block], self.home_tokens[block] = slot, home, 0
 
     def place(self, block: int, slot: int) -> None:
         """An absent block becomes resident in `slot`."""

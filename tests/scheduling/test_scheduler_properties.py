@@ -6,6 +6,7 @@ conserved (4), and no deadlock. Nothing here imports torch.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ from pipemax.cost.forecast import Forecast
 from pipemax.cost.load import StepLoad
 from pipemax.plan import Capacity, StepPlan, StepResult
 from pipemax.request import FinishReason, SamplingParams
+from pipemax.scheduling.memory_pressure import MemoryPressure
 from pipemax.scheduling.output_length import OutputLengthEstimate
 from pipemax.scheduling.request_state import RequestState, Status
 from pipemax.scheduling.scheduler import Scheduler
@@ -260,6 +262,16 @@ def test_every_request_comes_through_whatever_memory_it_has(job):
     scheduler, _, _ = run(job)
     assert scheduler.kv.device.num_held == scheduler.kv.window.num_blocks + len(scheduler.kv._deferred_slots)
     assert scheduler.kv.host.num_held == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(jobs())
+def test_batch_as_a_whole_or_member_by_member_gives_the_same_plans(job):
+    _, as_a_whole, _ = run(job)
+    with patch.object(MemoryPressure, "_all_fit", lambda *_, **__: False):
+        _, one_by_one, _ = run(job)
+    for plan, other in zip(as_a_whole.plans, one_by_one.plans, strict=True):
+        np.testing.assert_equal(dataclasses.asdict(plan), dataclasses.asdict(other))
 
 
 def test_control_plane_needs_no_torch():
