@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import filterfalse
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +28,7 @@ from pipemax.cost.forecast import Forecast
 from pipemax.cost.load import StepLoad
 from pipemax.kv.manager import KVManager
 from pipemax.kv.prefetch import PrefetchBudget
-from pipemax.kv.window import Placement
-from pipemax.plan import NO_BATCH, BlockCopies, Capacity, NewRequest, Phase, StepPlan, StepResult
+from pipemax.plan import NO_BATCH, Capacity, NewRequest, Phase, StepPlan, StepResult
 from pipemax.request import FinishReason
 from pipemax.scheduling.balancer import Balancer
 from pipemax.scheduling.memory_pressure import MemoryPressure
@@ -38,9 +36,9 @@ from pipemax.scheduling.output_length import OutputLengthEstimate
 from pipemax.scheduling.phase import PhasePolicy, PhaseView
 from pipemax.scheduling.population import Population
 from pipemax.scheduling.request_state import RequestState, RequestUpdate, Status
+from pipemax.scheduling.staged_step import NO_ROWS, Chunk, StagedStep
 from pipemax.scheduling.turns import Turns
 
-_NO_BLOCKS = np.empty(0, dtype=np.int32)
 # The window is changed when it is off by more than this share: a slot more or less is not worth a change.
 _WINDOW_TOLERANCE = 0.05
 
@@ -56,57 +54,6 @@ class SchedulerStats:
     blocks_sent_home: int = 0
     blocks_refilled: int = 0
     num_turns: int = 0  # that members of batches ended for others'
-
-
-class _Chunk(NamedTuple):
-    """A row of prefill."""
-
-    request: RequestState
-    num_new: int
-    samples: bool  # whether it is the last one, that yields a token: with it, every token that exists has its KV
-
-
-@dataclass(frozen=True, slots=True)
-class _StagedStep:
-    """Rows in the order of the plan: one new token, and one sampled, for each of `members`; then `chunks`.
-
-    Members are hundreds of rows that are all alike, so they are treated as a whole wherever that is possible.
-    """
-
-    batch_id: int
-    members: list[RequestState]
-    chunks: list[_Chunk]
-    placement: Placement
-
-    @property
-    def requests(self) -> list[RequestState]:
-        return [*self.members, *[chunk.request for chunk in self.chunks]]
-
-    @property
-    def phase(self) -> Phase:
-        if not self.members and not self.chunks:
-            return Phase.COPY
-        return Phase.MIXED if self.members and self.chunks else Phase.DECODE if self.members else Phase.PREFILL
-
-    def still_live(self) -> _StagedStep:
-        """Without the rows of requests that have finished meanwhile. The refill stays: it is on its way already."""
-        is_live = np.array([request.status is not Status.FINISHED for request in self.requests], dtype=np.bool_)
-        if is_live.all():
-            return self
-        lengths = np.diff(self.placement.indptr)
-        indptr = np.zeros(np.count_nonzero(is_live) + 1, dtype=np.int32)
-        np.cumsum(lengths[is_live], out=indptr[1:])
-        return _StagedStep(
-            self.batch_id,
-            [request for request in self.members if request.status is not Status.FINISHED],
-            [chunk for chunk in self.chunks if chunk.request.status is not Status.FINISHED],
-            Placement(indptr, self.placement.indices[np.repeat(is_live, lengths)], self.placement.refill),
-        )
-
-
-_NO_ROWS = _StagedStep(
-    NO_BATCH, [], [], Placement(np.zeros(1, dtype=np.int32), _NO_BLOCKS, BlockCopies(_NO_BLOCKS, _NO_BLOCKS))
-)
 
 
 class Scheduler:
@@ -150,7 +97,7 @@ class Scheduler:
         self._plans_in_flight = 0
         self._next_step = 0
         self._next_batch = 0
-        self._staged: _StagedStep | None = None
+        self._staged: StagedStep | None = None
         self._finished_ids: list[int] = []
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -255,12 +202,12 @@ class Scheduler:
             if self._staged is None:
                 return None
 
-    def _emit(self, staged: _StagedStep | None) -> StepPlan:
+    def _emit(self, staged: StagedStep | None) -> StepPlan:
         """Composes the plan of the staged step, staging the one that follows on the way.
 
         Without a staged step, or when all its rows are over, the plan has no rows: it only moves blocks.
         """
-        step = _NO_ROWS if staged is None else staged.still_live()
+        step = NO_ROWS if staged is None else staged.still_live()
         requests, num_members = step.requests, len(step.members)
         num_computed = np.array([request.num_computed for request in requests], dtype=np.int32)
         num_new = np.ones(len(requests), dtype=np.int32)
@@ -302,7 +249,7 @@ class Scheduler:
         self.stats.blocks_refilled += len(plan.refill)
         self._forecast.submitted(plan)
 
-    def _announce(self, chunks: list[_Chunk]) -> tuple[NewRequest, ...]:
+    def _announce(self, chunks: list[Chunk]) -> tuple[NewRequest, ...]:
         """A request's first row is one of prefill."""
         fresh = [chunk.request for chunk in chunks if not chunk.request.announced]
         for request in fresh:
@@ -325,7 +272,7 @@ class Scheduler:
                     request.request_id, first_token=num_computed - 1, num_tokens=num_computed, partial_too=False
                 )
 
-    def _advance_chunk(self, chunk: _Chunk) -> None:
+    def _advance_chunk(self, chunk: Chunk) -> None:
         """Part of a prompt is submitted: all that was computed goes home, and with the last part it is READY."""
         request, num_new, samples = chunk
         first_token = request.num_computed
@@ -364,7 +311,7 @@ class Scheduler:
             if abs(wanted - self.kv.window.num_blocks) > _WINDOW_TOLERANCE * self.kv.window.num_blocks:
                 self.kv.window.resize(wanted)
 
-    def _stage(self) -> _StagedStep | None:
+    def _stage(self) -> StagedStep | None:
         population = self._population
         waiting = population.waiting
         choice = self._phase_policy.choose(self._view())
@@ -372,7 +319,7 @@ class Scheduler:
             for turn in range(len(self._in_flight) if phase is not Phase.PREFILL else 1):
                 batch_id = (self._next_batch + turn) % len(self._in_flight)
                 members: list[RequestState] = []
-                chunks: list[_Chunk] = []
+                chunks: list[Chunk] = []
                 self._memory.begin_step()
                 if phase is not Phase.PREFILL:
                     keep_free = self._memory.prompt_reserve(choice.chunk_tokens)
@@ -386,7 +333,7 @@ class Scheduler:
                         self._memory.promote_absent(requests)
                     placement = self.kv.place([request.request_id for request in requests])
                     assert self._budget.allows(len(placement.refill), num_rows=len(requests))
-                    return _StagedStep(batch_id, members, chunks, placement)
+                    return StagedStep(batch_id, members, chunks, placement)
         return None
 
     def _view(self) -> PhaseView:
@@ -476,10 +423,10 @@ class Scheduler:
         """Its token is still under way: taking it now would make the first stage wait for it."""
         return request.last_sample_step + self._capacity.num_stages > self._next_step + 1
 
-    def _prefill_chunks(self, members: Sequence[RequestState], *, within_seconds: float | None) -> list[_Chunk]:
+    def _prefill_chunks(self, members: Sequence[RequestState], *, within_seconds: float | None) -> list[Chunk]:
         """Chunks of waiting prompts, oldest first, beside those members: all that a step may have, or has time for."""
         memory = self._memory
-        chunks: list[_Chunk] = []
+        chunks: list[Chunk] = []
         if memory.stalled:
             return chunks
         load = None if within_seconds is None else self._load_of(members)
@@ -495,7 +442,7 @@ class Scheduler:
             if num_new == 0:
                 break
             tokens_left -= num_new
-            chunks.append(_Chunk(request, num_new, samples=num_new == request.num_pending))
+            chunks.append(Chunk(request, num_new, samples=num_new == request.num_pending))
             if num_new < request.num_pending:
                 break
             if load is not None:
