@@ -297,7 +297,8 @@ def print_throughput(report: Mapping[str, Any], stdout: TextIO) -> None:
         )
         lines += [
             f"  stage {stage}: computes {entry['compute_share']:.1%} of the time, waits for the window "
-            f"{entry['window_wait_share']:.2%}, for input {entry['activation_wait_share']:.2%}; "
+            f"{entry['window_wait_share']:.2%}, for input {entry['activation_wait_share']:.2%}; its host issues "
+            f"{entry['issue_share']:.1%} of the time, copies {entry['copy_issue_share']:.1%}; "
             + ("no refill" if rate is None else f"refills at {rate / 1e9:.1f} GB/s while it does")
             for stage, entry in enumerate(steady["stages"])
             for rate in [entry["refill_bytes_per_second"]]

@@ -168,6 +168,9 @@ class StageTiming:
 
     A step does not wait for its own copies. `copies` are those whose end is known since the stage's last report, of
     this step or of earlier ones; those of the last steps of all may never be told of.
+
+    `issue_seconds` is what the stage's thread needed to issue the step, `copy_issue_seconds` the part of it for copies.
+    On a GPU that runs ahead of compute, and bounds the step once it takes longer; a CPU computes meanwhile.
     """
 
     start_seconds: float
@@ -177,6 +180,8 @@ class StageTiming:
     refill_bytes: int
     home_bytes: int
     copies: tuple[CopyTiming, ...] = ()
+    issue_seconds: float = 0.0
+    copy_issue_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,8 @@ class ThroughputLog:
             "compute_share": sum(timing.compute_seconds for timing in timings) / seconds,
             "window_wait_share": sum(timing.window_wait_seconds for timing in timings) / seconds,
             "activation_wait_share": sum(timing.activation_wait_seconds for timing in timings) / seconds,
+            "issue_share": sum(timing.issue_seconds for timing in timings) / seconds,
+            "copy_issue_share": sum(timing.copy_issue_seconds for timing in timings) / seconds,
             "refill_bytes_per_second": sum(copy.num_bytes for copy in refills) / refill_seconds if refills else None,
         }
 

@@ -27,7 +27,7 @@ def logged(steps: list[tuple[int, int, float]], *, window_blocks: int = 0) -> Th
         plan = dataclasses.replace(plan, phase=Phase.PREFILL if num_new > 1 else Phase.DECODE)
         log.on_submit(plan, now_seconds=0.0, gauges=gauges)
         copy = CopyTiming(step_id, CopyDirection.REFILL, 1, 100, end_seconds - 0.5, end_seconds - 0.25)
-        timing = StageTiming(end_seconds - 0.5, 0.5, 0.0, 0.0, 3, 5, (copy,))
+        timing = StageTiming(end_seconds - 0.5, 0.5, 0.0, 0.0, 3, 5, (copy,), 0.25, 0.125)
         tokens = np.zeros(num_rows, np.int32)
         log.on_result(StepResult(step_id, 0, plan.request_ids, tokens, None, {}, end_seconds, (timing,)), [])
     return log
@@ -45,6 +45,8 @@ def test_the_steady_rate_looks_at_full_decode_steps_that_follow_each_other():
             "compute_share": 0.5,
             "window_wait_share": 0.0,
             "activation_wait_share": 0.0,
+            "issue_share": 0.25,
+            "copy_issue_share": 0.125,
             "refill_bytes_per_second": pytest.approx(400.0),
         }
     ]

@@ -114,6 +114,7 @@ def _stage_events(step: StepRecord, stage: int, span: StageSpan) -> Iterator[_Ev
             "new tokens": step.num_tokens,
             "KV tokens": step.kv_tokens,
             "window wait (us)": _microseconds(span.window_wait_seconds),
+            "issued in (us)": _microseconds(span.issue_seconds),
         }
         if step.gauges.expected_seconds:
             arguments["expected on the slowest stage (us)"] = _microseconds(step.gauges.expected_seconds)

@@ -239,6 +239,7 @@ class StepRecorder:
                 refill_bytes=timing.refill_bytes,
                 home_bytes=timing.home_bytes,
                 copies=tuple(self._copies(timing.copies)),
+                issue_seconds=timing.issue_seconds,
             )
             for timing in result.timings
         ]

@@ -14,7 +14,8 @@ class StageSpan:
 
     The duration is compute and waiting for the window; waiting for the input came before the start. Bytes are those
     that the step moved over this stage's host link. `copies` came to their end since the stage's last report, so they
-    are mostly those of the step before; their times are counted from the run's start too.
+    are mostly those of the step before; their times are counted from the run's start too. `issue_seconds` as in
+    `StageTiming`.
     """
 
     start_seconds: float
@@ -24,6 +25,7 @@ class StageSpan:
     refill_bytes: int
     home_bytes: int
     copies: tuple[CopyTiming, ...] = ()
+    issue_seconds: float = 0.0
 
     @property
     def duration_seconds(self) -> float:

@@ -13,6 +13,7 @@ import ctypes
 import enum
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,7 +46,7 @@ class BlockCopier(Protocol):
     def copy(self, stream: torch.cuda.Stream, pools: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
         """Queues destination[d] = source[s] for every (destination, source) of `pools` and every pair of `runs`.
 
-        Pools [n, ...], contiguous, all of one dtype and block shape.
+        Pools [n, ...], contiguous; both of a pair have blocks of one size.
         """
         ...
 
@@ -83,23 +84,17 @@ class BatchCopier:
         self._call = _driver_entry()
         self._attributes = _Attributes(source_access_order=_SOURCE_IN_STREAM_ORDER)
         self._attributes_from = ctypes.c_size_t(0)
-        self._pieces = CopyPieces(BlockRuns.merge(np.empty(0, np.int32), np.empty(0, np.int32)), 0)
 
     def copy(self, stream: torch.cuda.Stream, pools: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> None:
         assert stream.cuda_stream != 0, "the default stream is refused by the driver"
-        first_pool = pools[0][0]
-        block_bytes = first_pool.stride(0) * first_pool.element_size()
-        if self._pieces.runs is not runs or self._pieces.block_bytes != block_bytes:
-            self._pieces = CopyPieces(runs, block_bytes)  # the same for every layer of a step
-        destinations, sources = self._pieces.addresses(pools)
-        sizes = np.tile(self._pieces.sizes, len(pools))
-        for first in range(0, len(sizes), MAX_PIECES_PER_CALL):
-            end = min(first + MAX_PIECES_PER_CALL, len(sizes))
+        pieces = CopyPieces.of(pools, runs)
+        for first in range(0, len(pieces.sizes), MAX_PIECES_PER_CALL):
+            end = min(first + MAX_PIECES_PER_CALL, len(pieces.sizes))
             failed_piece = ctypes.c_size_t(0)
             code = self._call(
-                destinations[first:end].ctypes.data,
-                sources[first:end].ctypes.data,
-                sizes[first:end].ctypes.data,
+                pieces.destinations[first:end].ctypes.data,
+                pieces.sources[first:end].ctypes.data,
+                pieces.sizes[first:end].ctypes.data,
                 end - first,
                 ctypes.byref(self._attributes),
                 ctypes.byref(self._attributes_from),
@@ -114,27 +109,31 @@ class BatchCopier:
                 )
 
 
+@dataclass(frozen=True, slots=True)
 class CopyPieces:
-    """Runs in bytes. `sizes` uint64 [r]."""
+    """Addresses and sizes in bytes, uint64 [pieces] each: every run in every pair of pools."""
 
-    def __init__(self, runs: BlockRuns, block_bytes: int) -> None:
-        self.runs = runs
-        self.block_bytes = block_bytes
-        firsts, unit = runs.starts[:-1], np.uint64(block_bytes)
-        self.sizes: NDArray[np.uint64] = np.diff(runs.starts).astype(np.uint64) * unit
-        self._destinations = runs.destinations[firsts].astype(np.uint64) * unit
-        self._sources = runs.sources[firsts].astype(np.uint64) * unit
+    destinations: NDArray[np.uint64]
+    sources: NDArray[np.uint64]
+    sizes: NDArray[np.uint64]
 
-    def addresses(self, pools: Sequence[tuple[Tensor, Tensor]]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """Where each run of each (destination, source) goes and comes from, uint64 [pools * r] each."""
-        for pair in pools:
-            for pool in pair:
-                assert pool.is_contiguous() and pool.stride(0) * pool.element_size() == self.block_bytes
+    @classmethod
+    def of(cls, pools: Sequence[tuple[Tensor, Tensor]], runs: BlockRuns) -> CopyPieces:
+        """Both pools of a pair have blocks of one size; another pair may have others (layer groups)."""
         bases = np.array([(to.data_ptr(), of.data_ptr()) for to, of in pools], dtype=np.uint64)
-        return (
-            (bases[:, 0, None] + self._destinations).reshape(-1),
-            (bases[:, 1, None] + self._sources).reshape(-1),
+        block_bytes = np.array([[_block_bytes(to)] for to, _ in pools], dtype=np.uint64)
+        assert all(_block_bytes(of) == _block_bytes(to) for to, of in pools), "a block and its home differ in size"
+        firsts = runs.starts[:-1]
+        return cls(
+            (bases[:, :1] + block_bytes * runs.destinations[firsts].astype(np.uint64)).reshape(-1),
+            (bases[:, 1:] + block_bytes * runs.sources[firsts].astype(np.uint64)).reshape(-1),
+            (block_bytes * np.diff(runs.starts).astype(np.uint64)).reshape(-1),
         )
+
+
+def _block_bytes(pool: Tensor) -> int:
+    assert pool.is_contiguous(), "blocks of a run do not lie side by side"
+    return pool.stride(0) * pool.element_size()
 
 
 def open_copier(method: CopyMethod | None = None) -> BlockCopier:

@@ -6,6 +6,7 @@ Nothing here waits for the GPU, but the readers of marks and stopwatches, which 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -18,8 +19,9 @@ from pipemax.worker.block_copy import BlockCopier, CopyMethod, open_copier
 from pipemax.worker.device import BlockRuns, CopyMark, CopyStream, Event, Mark, Stopwatch
 from pipemax.worker.host_memory import HostMemory
 
-# Event times are float32 milliseconds since another event: after a minute they are still right to a few microseconds.
-_REBASE_SECONDS = 60.0
+# Event times are float32 milliseconds since another event: after ten seconds they are right to a microsecond. The GPU's
+# clock and the host's drift apart by some parts in a million, a second over a night.
+_REBASE_SECONDS = 10.0
 
 
 class CudaEvent:
@@ -79,21 +81,29 @@ class CudaStopwatch:
 
 
 class _CudaClock:
-    """Places events of one GPU on the monotonic clock, by their distance from an event whose time is known."""
+    """Places events of one GPU on the monotonic clock, by their distance from an event whose time is known.
+
+    An event is seen by a thread that waits for it a moment after it passed, and never before: what the shortest such
+    delay of the last seconds has changed by is drift.
+    """
 
     def __init__(self) -> None:
         self._base = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._base.record()
         self._base.synchronize()
         self._base_seconds = time.monotonic()
+        self._least_delay_seconds = math.inf
         self._lock = threading.Lock()
 
     def seconds(self, event: torch.cuda.Event) -> float:
         event.synchronize()
+        seen_seconds = time.monotonic()
         with self._lock:
             seconds: float = self._base_seconds + self._base.elapsed_time(event) / 1e3
+            self._least_delay_seconds = min(self._least_delay_seconds, seen_seconds - seconds)
             if seconds - self._base_seconds > _REBASE_SECONDS:
-                self._base, self._base_seconds = event, seconds
+                self._base, self._base_seconds = event, seconds + self._least_delay_seconds
+                self._least_delay_seconds = math.inf
         return seconds
 
 

@@ -16,6 +16,7 @@ sampling work.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class RunningStep:
     start: Mark
     end: Mark
     finished: Mark
+    issue_seconds: float
     moved: StepTransfers
     copy_log: CopyLog
     sampled: Sampled | None
@@ -83,6 +85,8 @@ class RunningStep:
             refill_bytes=self.moved.refill_bytes,
             home_bytes=self.moved.home_bytes,
             copies=self.copy_log.take_ended(),
+            issue_seconds=self.issue_seconds,
+            copy_issue_seconds=self.moved.issue_seconds,
         )
         if not self.is_last_stage:
             return StageReport(self.step_id, timing, finished_seconds)
@@ -170,6 +174,7 @@ class StageWorker:
 
         Raises LinkError when another stage is gone, CopyError when a block copy failed.
         """
+        began_seconds = time.monotonic()
         self._track_requests(plan)
         came = self._device.mark()
         device = self._device.torch_device
@@ -200,6 +205,7 @@ class StageWorker:
             start=start,
             end=end,
             finished=self._device.mark(),
+            issue_seconds=time.monotonic() - began_seconds,
             moved=moved,
             copy_log=self._copy_log,
             sampled=sampled,

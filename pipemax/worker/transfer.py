@@ -21,6 +21,7 @@ Never here: which blocks to move (the control plane says), how bytes are moved (
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -71,6 +72,7 @@ class StepTransfers:
     window_wait: Stopwatch
     refill_bytes: int
     home_bytes: int
+    issue_seconds: float
     copies: tuple[IssuedCopies, ...] = ()
 
     @property
@@ -103,6 +105,7 @@ class TransferEngine:
         self._refill_runs: BlockRuns | None = None
         self._starts: dict[CopyDirection, CopyMark] = {}
         self._issued: list[IssuedCopies] = []
+        self._issue_seconds = 0.0
         self._step_id = -1
         self._next_layer = layers.stop
         self._wait_clock = device.stopwatch()
@@ -112,7 +115,7 @@ class TransferEngine:
         assert self._next_layer == self._layers.stop, "the step before has not left every layer"
         self._check(plan)
         self._home_runs = self._refill_runs = None
-        self._starts, self._issued, self._step_id = {}, [], plan.step_id
+        self._starts, self._issued, self._issue_seconds, self._step_id = {}, [], 0.0, plan.step_id
         if len(plan.write_home):
             self._home_runs = BlockRuns.merge(plan.write_home.homes, plan.write_home.slots)
         if len(plan.refill):
@@ -157,6 +160,7 @@ class TransferEngine:
             window_wait=self._wait_clock,
             refill_bytes=refilled * self._block_bytes,
             home_bytes=homed * self._block_bytes,
+            issue_seconds=self._issue_seconds,
             copies=tuple(self._issued),
         )
 
@@ -196,7 +200,7 @@ class TransferEngine:
             self._home_stream.wait(event)
 
     def _copy(self, sharing: range) -> None:
-        pairs = self._copy_pools[sharing.start]
+        pairs, began_seconds = self._copy_pools[sharing.start], time.monotonic()
         if self._refill_runs is not None:
             self._mark_start(CopyDirection.REFILL, self._refill_stream)
             self._refill_stream.copy_layers(pairs, self._refill_runs)
@@ -207,6 +211,7 @@ class TransferEngine:
             self._home_stream.copy_layers([(home, device) for device, home in pairs], self._home_runs)
             self._mark_end(CopyDirection.HOME, self._home_stream, self._home_runs, sharing)
             self._home_done[sharing.start] = self._home_stream.record()
+        self._issue_seconds += time.monotonic() - began_seconds
 
     def _mark_start(self, direction: CopyDirection, stream: CopyStream) -> None:
         if direction not in self._starts:

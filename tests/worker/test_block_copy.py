@@ -17,21 +17,22 @@ from pipemax.worker.host_memory import touch_pages
 
 
 def test_pieces_name_the_bytes_of_every_run_in_every_layer() -> None:
-    """Copying piece by piece, as the driver does, moves the blocks."""
+    """Copying piece by piece, as the driver does, moves the blocks; layers may have blocks of different sizes."""
     rng = np.random.default_rng(0)
     pools = [
         (
-            torch.zeros(12, 2, 4, dtype=torch.int16),
-            torch.arange(20 * 8, dtype=torch.int16).view(20, 2, 4) + 1000 * layer,
+            torch.zeros(12, 2, width, dtype=torch.int16),
+            torch.arange(20 * 2 * width, dtype=torch.int16).view(20, 2, width) + 1000 * layer,
         )
-        for layer in range(3)
+        for layer, width in enumerate([4, 4, 8])
     ]
     destinations, sources = np.array([3, 4, 5, 9], np.int32), np.array([7, 8, 2, 19], np.int32)
     order = rng.permutation(4)
-    pieces = CopyPieces(BlockRuns.merge(destinations[order], sources[order]), block_bytes=16)
-    assert pieces.sizes.tolist() == [32, 16, 16]
-    to, of = pieces.addresses(pools)
-    for destination, source, size in zip(to.tolist(), of.tolist(), np.tile(pieces.sizes, 3).tolist(), strict=True):
+    pieces = CopyPieces.of(pools, BlockRuns.merge(destinations[order], sources[order]))
+    assert pieces.sizes.tolist() == [32, 16, 16] * 2 + [64, 32, 32]
+    for destination, source, size in zip(
+        pieces.destinations.tolist(), pieces.sources.tolist(), pieces.sizes.tolist(), strict=True
+    ):
         ctypes.memmove(destination, source, size)
     for destination, source in pools:
         expected = torch.zeros_like(destination)
