@@ -277,6 +277,22 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def _links_line(links: Mapping[str, Any]) -> str:
+    """What stages measured of their links at the start, and what they took."""
+    names = {"nccl": "NCCL", "host": "host memory"}
+    by_link: dict[str, list[str]] = {}
+    for one in links["figures"]:
+        by_link.setdefault(f"{one['sender']}-{one['receiver']}", []).append(
+            f"{names[one['medium']]} {1e6 * one['decode_seconds']:.0f} us, "
+            f"{one['prefill_bytes_per_second'] / 1e9:.1f} GB/s"
+        )
+    figures = "; ".join(f"{link} {', '.join(of_link)}" for link, of_link in by_link.items())
+    line = f"links: {names[links['taken']]} taken; {figures}"
+    if links["taken"] == "host":
+        line += "; NCCL_P2P_DISABLE=1, where it is not set, may be better still"
+    return line
+
+
 def print_throughput(report: Mapping[str, Any], stdout: TextIO) -> None:
     steady, requests = report["steady_decode"], report["requests"]
     if report["requests_finished"] < requests:
@@ -319,6 +335,7 @@ def print_throughput(report: Mapping[str, Any], stdout: TextIO) -> None:
     for stage, parts in enumerate(report["start_up"]):
         costs = [f"{part['name']} {part['seconds']:.1f} s {part['device_bytes'] / 1024**3:+.2f} GiB" for part in parts]
         lines.append(f"stage {stage} started: {', '.join(costs)}")
+        lines += [_links_line(part["links"]) for part in parts if part["links"] is not None]
     blocks = report["blocks"]
     lines.append(
         f"KV blocks: {blocks['device']} on the device ({blocks['window']} window), {blocks['host']} at home; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from pipemax.bench import LengthPair, read_lengths
 from pipemax.cli import main
 from pipemax.config import ConfigError
 from pipemax.target import check_target
+from pipemax.worker.link_probe import LinkFigures, LinkProbe
+from pipemax.worker.start_up import StartUpPart
+from pipemax.worker.transport import LinkMedium
 from tests.worker.families import save_model
 
 LENGTHS = [(30, 10), (5, 40), (60, 7), (12, 25), (1, 1)]
@@ -66,6 +71,61 @@ def test_ctrl_c_keeps_what_was_measured_and_hints_are_told(tmp_path, monkeypatch
     assert (report["requests"], report["requests_finished"], report["output_tokens"]) == (2, 1, 6)
     assert (report["prompt_tokens"], report["max_tokens"]) == (4, "its own length")
     assert "Ended early: 1 of 2 requests" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("taken", "line"),
+    [
+        (
+            LinkMedium.NCCL,
+            "links: NCCL taken; 0-1 NCCL 95 us, 31.0 GB/s, host memory 210 us, 11.2 GB/s; "
+            "1-2 NCCL 1204 us, 3.0 GB/s, host memory 180 us, 12.0 GB/s",
+        ),
+        (
+            LinkMedium.HOST,
+            "links: host memory taken; 0-1 NCCL 95 us, 31.0 GB/s, host memory 210 us, 11.2 GB/s; "
+            "1-2 NCCL 1204 us, 3.0 GB/s, host memory 180 us, 12.0 GB/s; "
+            "NCCL_P2P_DISABLE=1, where it is not set, may be better still",
+        ),
+    ],
+)
+def test_measured_links_are_one_line_of_the_start(taken, line):
+    """As they are in the file, of the stage that tells of them; without a measurement there is no such line."""
+    figures = [
+        LinkFigures(0, 1, LinkMedium.NCCL, 95e-6, 31e9),
+        LinkFigures(0, 1, LinkMedium.HOST, 210.4e-6, 11.19e9),
+        LinkFigures(1, 2, LinkMedium.NCCL, 1.204e-3, 3e9),
+        LinkFigures(1, 2, LinkMedium.HOST, 180e-6, 12e9),
+    ]
+    parts = [
+        StartUpPart("connecting", 0.5, 2**29),
+        StartUpPart("measuring the links", 0.2, 0, LinkProbe(taken, 2**20, 2**25, tuple(figures))),
+    ]
+    start_up = [[dataclasses.asdict(part) for part in stage] for stage in (parts, parts[:1])]
+    report = {
+        "requests": 1,
+        "requests_finished": 1,
+        "prompt_tokens": 1,
+        "output_tokens": 1,
+        "output_lengths": "known to the scheduler",
+        "wall_seconds": 1.0,
+        "load_seconds": 1.0,
+        "requests_per_second": 1.0,
+        "total_tokens_per_second": 2.0,
+        "output_tokens_per_second": 1.0,
+        "steady_decode": None,
+        "phases": {},
+        "stages": [],
+        "blocks": {"device": 1, "window": 0, "host": 1, "most_resident": 1, "most_home": 1},
+        "start_up": json.loads(json.dumps(start_up)),
+    }
+    shown = io.StringIO()
+    bench.print_throughput(report, shown)
+    assert shown.getvalue().splitlines()[3:6] == [
+        "stage 0 started: connecting 0.5 s +0.50 GiB, measuring the links 0.2 s +0.00 GiB",
+        line,
+        "stage 1 started: connecting 0.5 s +0.50 GiB",
+    ]
 
 
 def test_lengths_are_read_as_far_as_asked(tmp_path):

@@ -6,8 +6,13 @@
 A kernel variant that FlashInfer cannot load here (no compiler, or not for this head size, window or soft cap), and
 attention sinks, are served by the torch reference for those layers, and only those.
 
-Planning writes into a pinned workspace that an asynchronous copy still reads, so plans take turns over a few workspaces
-and each waits for the copy of its predecessor. Never here: fences, copies, which backend is used (`stage_process.py`).
+Planning ends with copies up the link, which would stand behind the window's refill with everything after them. So the
+library plans on a stream of its own, into memory that nothing reads, and kernels bring what it made (`upload.py`):
+
+    plans' stream   | copies, whenever the engine comes to them |
+    compute         | kernel: the plan from pinned memory | step ...
+
+Never here: fences, copies, which backend is used (`stage_process.py`).
 
 Shape letters as in `base`.
 """
@@ -15,10 +20,8 @@ Shape letters as in `base`.
 from __future__ import annotations
 
 import builtins
-import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +31,21 @@ from torch import Tensor
 
 from pipemax.attention.base import LayerAttention, RowLayout
 from pipemax.attention.reference import ReferenceAttention
-from pipemax.worker.upload import upload
+from pipemax.worker.upload import copy_by_kernel, mapped, upload, upload_into
 
 _KERNEL = "fa2"
 _FLOAT_WORKSPACE_BYTES = 256 * 1024**2
 _INT_WORKSPACE_BYTES = 8 * 1024**2
-# Plans whose copies may be under way at once; more steps than this are never issued ahead of the device.
-_NUM_WORKSPACES = 4
+# Plans that may be under way at once; more steps than this are never issued ahead of the device.
+_NUM_TURNS = 4
+# A plan of some hundred rows is a few kilobytes of int32; a larger one is noticed, and copied whole.
+_PLAN_WORDS = 32 * 1024
+_UNTOUCHED = 0x5A5A5A5A
+_UNTOUCHED_WORDS = 64
 
 _logger = logging.getLogger(__name__)
+
+_Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 def is_available() -> bool:
@@ -53,12 +62,67 @@ class _Variant:
     scaling: float
 
 
-@dataclass(slots=True)
-class _Workspace:
-    """A wrapper of the library and when the copy of its last plan is done."""
+@dataclass(frozen=True, slots=True)
+class _KernelInputs:
+    """What the library's kernels read, int32 on the device; or memory like it that its plan may write into."""
 
-    wrapper: Any
-    planned: torch.cuda.Event
+    int_workspace: Tensor
+    qo_indptr: Tensor
+    kv_indptr: Tensor
+    kv_indices: Tensor
+    last_page_lens: Tensor
+
+    def give_to(self, wrapper: Any) -> None:
+        wrapper._int_workspace_buffer = self.int_workspace
+        wrapper._qo_indptr_buf = self.qo_indptr
+        wrapper._paged_kv_indptr_buf = self.kv_indptr
+        wrapper._paged_kv_indices_buf = self.kv_indices
+        wrapper._paged_kv_last_page_len_buf = self.last_page_lens
+
+
+class _Turn:
+    """Pinned memory of one plan. `copied`: the library's own copy out of it is done; `read`: so is ours."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pinned = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True)
+        self.words = mapped(self.pinned, device)
+        self.copied, self.read = (torch.cuda.Event(blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._guard = self.pinned.view(torch.int32)[_PLAN_WORDS - _UNTOUCHED_WORDS : _PLAN_WORDS]
+        self._guard.fill_(_UNTOUCHED)
+
+    @property
+    def num_words(self) -> int:
+        """What to copy so that the plan is in it: plans are written from the beginning."""
+        return _PLAN_WORDS if bool((self._guard == _UNTOUCHED).all()) else self.words.numel()
+
+
+class _Planner:
+    """Has the library plan beside the stream that computes; see the module."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._turns = [_Turn(device) for _ in range(_NUM_TURNS)]
+        self._next_turn = 0
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.unread_workspace = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+    def plan(self, wrapper: Any, *arguments: Any, read: _KernelInputs, **options: Any) -> None:
+        """As the wrapper's `plan`; its kernels then read `read`, of which this fills the workspace.
+
+        What else the library's plan writes to is the wrapper's, and nothing reads it.
+        """
+        turn = self._turns[self._next_turn]
+        self._next_turn = (self._next_turn + 1) % _NUM_TURNS
+        turn.copied.synchronize()
+        turn.read.synchronize()
+        wrapper._int_workspace_buffer = self.unread_workspace
+        wrapper._pin_memory_int_workspace_buffer = turn.pinned
+        with torch.cuda.stream(self._stream):
+            wrapper.plan(*arguments, **options)
+            turn.copied.record()
+        num_words = turn.num_words
+        copy_by_kernel(read.int_workspace.view(torch.int32)[:num_words], turn.words[:num_words])
+        turn.read.record()
+        read.give_to(wrapper)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +135,7 @@ class _DeviceRows:
     qo_indptr_host: Tensor
     kv_indptr_host: Tensor
     last_page_lens_host: Tensor
+    qo_indptr: Tensor
     kv_indptr: Tensor
     last_page_lens: Tensor
     kv_indices: Tensor
@@ -96,8 +161,9 @@ class FlashInferAttention:
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
         self.float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._workspaces_of: dict[_Variant, list[_Workspace]] = {}
-        self._num_planned_of: dict[_Variant, int] = {}
+        self.planner = _Planner(device)
+        self._wrappers: dict[_Variant, Any] = {}
+        self._int_workspaces: dict[_Variant, Tensor] = {}
         self._kernel_loads: dict[tuple[bool, bool], bool] = {}
         self._reference = ReferenceAttention(device)
         self._reference_is_planned = False
@@ -176,9 +242,13 @@ class FlashInferAttention:
     def _plan(self, variant: _Variant) -> Any:
         rows, layout = self._device_rows, self._rows
         assert rows is not None and layout is not None
-        workspace = self._next_workspace(variant)
-        workspace.planned.synchronize()
-        workspace.wrapper.plan(
+        if variant not in self._wrappers:
+            wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self.float_workspace, "NHD", backend=_KERNEL)
+            self._wrappers[variant] = wrapper
+            self._int_workspaces[variant] = wrapper._int_workspace_buffer
+        wrapper = self._wrappers[variant]
+        self.planner.plan(
+            wrapper,
             rows.qo_indptr_host,
             rows.kv_indptr_host,
             rows.kv_indices,
@@ -194,20 +264,15 @@ class FlashInferAttention:
             q_data_type=self._dtype,
             kv_data_type=self._dtype,
             max_token_per_sequence=rows.most_new_tokens,
+            read=_KernelInputs(
+                int_workspace=self._int_workspaces[variant],
+                qo_indptr=rows.qo_indptr,
+                kv_indptr=rows.kv_indptr,
+                kv_indices=rows.kv_indices,
+                last_page_lens=rows.last_page_lens,
+            ),
         )
-        workspace.planned.record()
-        return workspace.wrapper
-
-    def _next_workspace(self, variant: _Variant) -> _Workspace:
-        workspaces = self._workspaces_of.setdefault(variant, [])
-        turn = self._num_planned_of.get(variant, 0)
-        self._num_planned_of[variant] = turn + 1
-        if len(workspaces) < _NUM_WORKSPACES:
-            wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self.float_workspace, "NHD", backend=_KERNEL)
-            # Blocking: the thread that issues steps sleeps while the device catches up.
-            workspaces.append(_Workspace(wrapper, torch.cuda.Event(blocking=True)))  # type: ignore[no-untyped-call]
-            return workspaces[-1]
-        return workspaces[turn % _NUM_WORKSPACES]
+        return wrapper
 
 
 class CapturedDecodeAttention:
@@ -215,14 +280,13 @@ class CapturedDecodeAttention:
 
     `plan` comes before each replay and only refills buffers: where they are, and the kernels' grid, stay as captured.
     A step of fewer rows is filled up with idle ones, each with one key in `scratch_slot`, which belongs to no request.
-    Several of these share `workspaces` and run one after another on one stream.
+    Several of these share `buffers` and run one after another on one stream.
     """
 
     def __init__(
         self,
         *,
         num_rows: int,
-        most_pages: int,
         scratch_slot: int,
         block_size: int,
         layer: LayerAttention,
@@ -230,16 +294,17 @@ class CapturedDecodeAttention:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        workspaces: CapturedWorkspaces,
+        buffers: CapturedBuffers,
     ) -> None:
         import flashinfer
 
         _make_maximum_fast(flashinfer.prefill)
         self._library = flashinfer
         self._num_rows = num_rows
-        self._most_pages = most_pages
         self._scratch_slot = scratch_slot
-        self._workspaces = workspaces
+        self._buffers = buffers
+        self._read = buffers.read_by(num_rows)
+        self._unread = buffers.unread(num_rows)
         self._plan_options = {
             "num_qo_heads": num_heads,
             "num_kv_heads": num_kv_heads,
@@ -253,53 +318,50 @@ class CapturedDecodeAttention:
             "kv_data_type": dtype,
             "max_token_per_sequence": 1,
         }
-        device = workspaces.device
-
-        def zeros(size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.int32, device=device)
-
-        self._kv_indptr, self._last_page_lens, self._positions = zeros(num_rows + 1), zeros(num_rows), zeros(num_rows)
-        self._batch_indices = torch.arange(num_rows, dtype=torch.int32, device=device)
+        self._batch_indices = torch.arange(num_rows, dtype=torch.int32, device=buffers.device)
         self._qo_indptr_host = torch.arange(num_rows + 1, dtype=torch.int32).pin_memory()
         self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            workspaces.float_workspace,
+            buffers.float_workspace,
             "NHD",
             backend=_KERNEL,
             use_cuda_graph=True,
-            qo_indptr_buf=zeros(num_rows + 1),
-            paged_kv_indptr_buf=self._kv_indptr,
-            paged_kv_indices_buf=workspaces.kv_indices,
-            paged_kv_last_page_len_buf=self._last_page_lens,
+            qo_indptr_buf=self._unread.qo_indptr,
+            paged_kv_indptr_buf=self._unread.kv_indptr,
+            paged_kv_indices_buf=self._unread.kv_indices,
+            paged_kv_last_page_len_buf=self._unread.last_page_lens,
         )
-        self._wrapper._int_workspace_buffer = workspaces.int_workspace
 
     def plan(self, rows: RowLayout) -> None:
         """`rows` are decode rows, at most the captured number of them."""
         idle = self._num_rows - len(rows.kv_lens)
         assert idle >= 0 and rows.qo_indptr[-1] == len(rows.kv_lens)
         num_pages = len(rows.kv_indices)
-        assert num_pages + idle <= self._most_pages
-        scratch = np.full(idle, self._scratch_slot, np.int32)
         kv_indptr = np.concatenate([rows.kv_indptr, np.arange(num_pages + 1, num_pages + idle + 1)])
         kv_lens = np.concatenate([rows.kv_lens, np.ones(idle, np.int32)])
         last_page_lens = kv_lens - (np.diff(kv_indptr) - 1) * rows.block_size
-        self._positions.copy_(_pinned(kv_lens - 1), non_blocking=True)
-        kv_indices = upload(np.concatenate([rows.kv_indices, scratch]).astype(np.int32), self._positions.device)
-        with self._workspaces.pinned_turn(self._wrapper):
-            self._wrapper.plan(
-                self._qo_indptr_host, _pinned(kv_indptr), kv_indices, _pinned(last_page_lens), **self._plan_options
-            )
+        kv_indices = np.concatenate([rows.kv_indices, np.full(idle, self._scratch_slot, np.int32)])
+        self._buffers.fill(kv_indptr, last_page_lens, kv_lens - 1, kv_indices)
+        self._unread.give_to(self._wrapper)
+        self._buffers.planner.plan(
+            self._wrapper,
+            self._qo_indptr_host,
+            _pinned(kv_indptr),
+            self._read.kv_indices[: len(kv_indices)],  # of these the plan wants the number
+            _pinned(last_page_lens),
+            **self._plan_options,
+            read=self._read,
+        )
 
     def append(self, key_THD: Tensor, value_THD: Tensor, kv_pool: Tensor) -> None:
         self._library.append_paged_kv_cache(
             key_THD,
             value_THD,
             self._batch_indices,
-            self._positions,
+            self._buffers.positions(self._num_rows),
             kv_pool,
-            self._workspaces.kv_indices,
-            self._kv_indptr,
-            self._last_page_lens,
+            self._read.kv_indices,
+            self._read.kv_indptr,
+            self._read.last_page_lens,
         )
 
     def run(self, query_THD: Tensor, kv_pool: Tensor, layer: LayerAttention, out_THD: Tensor | None = None) -> Tensor:
@@ -309,33 +371,58 @@ class CapturedDecodeAttention:
         return out_THD
 
 
-class CapturedWorkspaces:
+class CapturedBuffers:
     """What `CapturedDecodeAttention`s of all sizes share: the device reads it in stream order, so one set does.
 
-    Only the pinned side of plans takes turns: a plan must not write where the copy of an earlier one still reads.
+    One tensor, so that a step's layout comes by one kernel, R being the most rows:
+
+        kv_indptr [R + 1] | last_page_lens [R] | positions [R] | kv_indices [most_pages]
     """
 
-    def __init__(self, float_workspace: Tensor, *, most_pages: int) -> None:
-        """`float_workspace`: that of a `FlashInferAttention` whose steps run on the same stream."""
-        device = float_workspace.device
-        self.device = device
-        self.float_workspace = float_workspace
-        self.int_workspace = torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self.kv_indices = torch.zeros(most_pages, dtype=torch.int32, device=device)
-        self._pinned = [
-            torch.empty(_INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(_NUM_WORKSPACES)
-        ]
-        self._copied = [torch.cuda.Event(blocking=True) for _ in self._pinned]  # type: ignore[no-untyped-call]
-        self._turn = 0
+    def __init__(self, backend: FlashInferAttention, *, most_rows: int, most_pages: int) -> None:
+        """`backend`: one whose steps run on the same stream; they share its workspace."""
+        self.float_workspace = backend.float_workspace
+        self.planner = backend.planner
+        self.device = device = backend.float_workspace.device
+        self._most_rows = most_rows
+        self._layout = torch.zeros(3 * most_rows + 1 + most_pages, dtype=torch.int32, device=device)
+        self._unread_layout = torch.zeros_like(self._layout)
+        self._qo_indptr = torch.arange(most_rows + 1, dtype=torch.int32, device=device)
+        self._int_workspace = torch.zeros(_INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
-    @contextlib.contextmanager
-    def pinned_turn(self, wrapper: Any) -> Iterator[None]:
-        """Gives the wrapper a pinned workspace that no copy reads any more, for one plan."""
-        turn, self._turn = self._turn, (self._turn + 1) % _NUM_WORKSPACES
-        self._copied[turn].synchronize()
-        wrapper._pin_memory_int_workspace_buffer = self._pinned[turn]
-        yield
-        self._copied[turn].record()
+    def read_by(self, num_rows: int) -> _KernelInputs:
+        """What the kernels of steps of that size read."""
+        return self._inputs(self._layout, self._int_workspace, self._qo_indptr[: num_rows + 1])
+
+    def unread(self, num_rows: int) -> _KernelInputs:
+        """What a plan of that size may write into."""
+        qo_indptr = torch.zeros(num_rows + 1, dtype=torch.int32, device=self.device)
+        return self._inputs(self._unread_layout, self.planner.unread_workspace, qo_indptr)
+
+    def _inputs(self, layout: Tensor, int_workspace: Tensor, qo_indptr: Tensor) -> _KernelInputs:
+        num_rows, most_rows = len(qo_indptr) - 1, self._most_rows
+        return _KernelInputs(
+            int_workspace=int_workspace,
+            qo_indptr=qo_indptr,
+            kv_indptr=layout[: num_rows + 1],
+            last_page_lens=layout[most_rows + 1 :][:num_rows],
+            kv_indices=layout[3 * most_rows + 1 :],
+        )
+
+    def positions(self, num_rows: int) -> Tensor:
+        """Place of each row's new token, [num_rows]."""
+        return self._layout[2 * self._most_rows + 1 :][:num_rows]
+
+    def fill(self, kv_indptr: _Ints, last_page_lens: _Ints, positions: _Ints, kv_indices: _Ints) -> None:
+        """Layout of a step's rows."""
+        most_rows = self._most_rows
+        packed = np.zeros(3 * most_rows + 1 + len(kv_indices), np.int32)
+        assert len(packed) <= len(self._layout), "more pages than there are slots"
+        packed[: len(kv_indptr)] = kv_indptr
+        packed[most_rows + 1 :][: len(last_page_lens)] = last_page_lens
+        packed[2 * most_rows + 1 :][: len(positions)] = positions
+        packed[3 * most_rows + 1 :] = kv_indices
+        upload_into(self._layout[: len(packed)], packed)
 
 
 def _to_device(rows: RowLayout, device: torch.device) -> _DeviceRows:
@@ -350,15 +437,20 @@ def _to_device(rows: RowLayout, device: torch.device) -> _DeviceRows:
     positions = np.arange(num_tokens, dtype=np.int32) + shift.astype(np.int32)
     # One copy for all of them.
     packed = upload(
-        np.concatenate([rows.kv_indptr, last_page_lens, rows.kv_indices, batch_indices, positions]).astype(np.int32),
+        np.concatenate(
+            [rows.qo_indptr, rows.kv_indptr, last_page_lens, rows.kv_indices, batch_indices, positions]
+        ).astype(np.int32),
         device,
     )
-    ends = np.cumsum([num_rows + 1, num_rows, len(rows.kv_indices), num_tokens]).tolist()
-    kv_indptr, device_last_page_lens, kv_indices, device_batch_indices, device_positions = packed.tensor_split(ends)
+    ends = np.cumsum([num_rows + 1, num_rows + 1, num_rows, len(rows.kv_indices), num_tokens]).tolist()
+    qo_indptr, kv_indptr, device_last_page_lens, kv_indices, device_batch_indices, device_positions = (
+        packed.tensor_split(ends)
+    )
     return _DeviceRows(
         qo_indptr_host=_pinned(rows.qo_indptr),
         kv_indptr_host=_pinned(rows.kv_indptr),
         last_page_lens_host=_pinned(last_page_lens),
+        qo_indptr=qo_indptr,
         kv_indptr=kv_indptr,
         last_page_lens=device_last_page_lens,
         kv_indices=kv_indices,

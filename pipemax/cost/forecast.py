@@ -1,17 +1,14 @@
 """`Forecast`: what the scheduler expects of steps: seconds, blocks that may travel beside them, tokens that are free.
 
-One cost model, one link and one host thread that issues copies, all corrected as steps finish. The slowest stage
-decides how long a step takes in a full pipeline, so that is the one that is asked and watched. Never here: what to do
-about it (`scheduling/`).
+One cost model and one link, both corrected as steps finish. The slowest stage decides how long a step takes in a full
+pipeline, so that is the one that is asked and watched. Never here: what to do about it (`scheduling/`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pipemax.cost.calibrate import CalibratedCostModel
-from pipemax.cost.copy_issue import CopyIssue
 from pipemax.cost.hardware import HostLink
 from pipemax.cost.link_rate import LinkRate
 from pipemax.cost.load import StageShape, StepLoad
@@ -23,14 +20,6 @@ _TYPICAL_LOAD = StepLoad.of_decode(num_rows=64, kv_tokens=64 * 512)
 # Tokens are free as long as a step takes at most this much longer than one of a single token.
 _FREE_SHARE = 1.15
 _MOST_FREE_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class _Submitted:
-    """What a plan asks. `num_copied_blocks`: both ways together."""
-
-    load: StepLoad
-    num_copied_blocks: int
 
 
 class Forecast:
@@ -53,10 +42,9 @@ class Forecast:
         self._stage = stages[self._index]
         self._cost = CalibratedCostModel(model=cost, max_factor=100.0)
         self._link = LinkRate(link=link)
-        self._copy_issue = CopyIssue()
         self._block_bytes = block_bytes
         self._learn = learn
-        self._submitted: dict[int, _Submitted] = {}
+        self._loads: dict[int, StepLoad] = {}
         self.free_tokens = self._count_free_tokens()
 
     def step_seconds(self, load: StepLoad) -> float:
@@ -64,28 +52,21 @@ class Forecast:
         return self._cost.step_seconds(load, self._stage)
 
     def refill_blocks(self, step_seconds: float) -> int:
-        """Blocks that the link brings up, and the host can ask for, during a step of that length; at least one."""
-        blocks = self._link.prefetch_bytes(step_seconds) // self._block_bytes
-        most_blocks = self._copy_issue.most_blocks(step_seconds)
-        return max(1, blocks if most_blocks is None else min(blocks, most_blocks))
+        """Blocks that the link brings up during a step of that length; at least one."""
+        return max(1, self._link.prefetch_bytes(step_seconds) // self._block_bytes)
 
     def submitted(self, plan: StepPlan) -> None:
         """A plan is on its way: its result will be compared with what it asks."""
         if self._learn:
-            num_copied = len(plan.refill) + len(plan.write_home)
-            self._submitted[plan.step_id] = _Submitted(StepLoad.of_plan(plan), num_copied)
+            self._loads[plan.step_id] = StepLoad.of_plan(plan)
 
     def finished(self, result: StepResult) -> None:
         """Takes the timings in. Executors that measure nothing give none."""
-        submitted = self._submitted.pop(result.step_id, None)
-        if submitted is not None and result.timings:
-            self._cost.observe(submitted.load, self._stage, result.timings[self._index].compute_seconds)
+        load = self._loads.pop(result.step_id, None)
+        if load is not None and result.timings:
+            self._cost.observe(load, self._stage, result.timings[self._index].compute_seconds)
             # One stage that waits for its window keeps the next from waiting for its own.
             self._link.observe(max(result.timings, key=lambda timing: timing.window_wait_seconds))
-            self._copy_issue.observe(
-                num_blocks=submitted.num_copied_blocks,
-                copy_issue_seconds=max(timing.copy_issue_seconds for timing in result.timings),
-            )
 
     def _count_free_tokens(self) -> int:
         """The most tokens that a step computes in hardly more time than one token."""

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from pipemax.attention.base import RowLayout
-from pipemax.attention.flashinfer import CapturedDecodeAttention, CapturedWorkspaces, FlashInferAttention
+from pipemax.attention.flashinfer import CapturedBuffers, CapturedDecodeAttention, FlashInferAttention
 from pipemax.worker.attention_hook import LayerFences, LayerPools
 from pipemax.worker.llama_layers import LlamaLayers
 from pipemax.worker.piece_graphs import graph_sizes
 from pipemax.worker.stage_model import StageSlice
 from pipemax.worker.transfer import GPU_LAYERS_PER_COPY, layers_sharing_copies
+from pipemax.worker.upload import copy_by_kernel
 
 
 class DecodeGraphs:
@@ -51,17 +52,16 @@ class DecodeGraphs:
         self._sharing = layers_sharing_copies(stage.layers, GPU_LAYERS_PER_COPY)
         self._sizes = graph_sizes(max_rows)
         self._buffers = layers.buffers(self._sizes[-1])
-        most_pages = scratch_slot + self._sizes[-1]
-        workspaces = CapturedWorkspaces(backend.float_workspace, most_pages=most_pages)
+        most_rows = self._sizes[-1]
+        buffers = CapturedBuffers(backend, most_rows=most_rows, most_pages=scratch_slot + most_rows)
         self._backends = {
             size: CapturedDecodeAttention(
                 num_rows=size,
-                most_pages=most_pages,
                 scratch_slot=scratch_slot,
                 block_size=block_size,
                 layer=attention,
                 dtype=layers.dtype,
-                workspaces=workspaces,
+                buffers=buffers,
                 **layers.heads,
             )
             for size in self._sizes
@@ -97,8 +97,8 @@ class DecodeGraphs:
         num_rows = len(rows.kv_lens)
         size = self._sizes[bisect.bisect_left(self._sizes, num_rows)]
         buffers = self._buffers.first(num_rows)
-        buffers.input.copy_(input_)
-        buffers.positions.copy_(positions_T)
+        copy_by_kernel(buffers.input, input_)
+        copy_by_kernel(buffers.positions, positions_T)
         self._backends[size].plan(rows)
         for sharing, graph in zip(self._sharing, self._graphs_of[size], strict=True):
             fences.enter(sharing.start)

@@ -31,6 +31,7 @@ from pipemax.worker.attention_hook import StepContext
 from pipemax.worker.layer_ops import LayerOps
 from pipemax.worker.merged_linear import merge_weights
 from pipemax.worker.model_slice import StageSlice
+from pipemax.worker.upload import copy_by_kernel
 
 _FAMILIES = frozenset(
     {
@@ -224,8 +225,8 @@ class LlamaLayers:
     def forward(self, input_: Tensor, positions_T: Tensor, step_context: StepContext) -> Tensor:
         """Hidden states [T, H] of token ids [T] or hidden states [T, H]."""
         buffers = self.buffers(len(positions_T))
-        buffers.input.copy_(input_)
-        buffers.positions.copy_(positions_T)
+        copy_by_kernel(buffers.input, input_)
+        copy_by_kernel(buffers.positions, positions_T)
         first, *others = self.pieces
         first(buffers)
         for layer, piece in enumerate(others):
@@ -241,9 +242,9 @@ class LlamaLayers:
 
     def _enter(self, buffers: StepBuffers) -> None:
         if self._embedding_weight is not None:
-            buffers.residual.copy_(embedding(buffers.input, self._embedding_weight))
+            copy_by_kernel(buffers.residual, embedding(buffers.input, self._embedding_weight))
         else:
-            buffers.residual.copy_(buffers.input)
+            copy_by_kernel(buffers.residual, buffers.input)
         x_TH = torch.empty_like(buffers.residual)
         self._ops.rms_norm(buffers.residual, self._layers[0].input_norm, self._eps, x_TH)
         self._project(self._layers[0], x_TH, buffers)
@@ -257,7 +258,7 @@ class LlamaLayers:
             self._project(after, x_TH, buffers)
         elif self._final_norm is not None:
             self._ops.add_rms_norm(x_TH, buffers.residual, self._final_norm, self._eps)
-            buffers.output.copy_(x_TH)
+            copy_by_kernel(buffers.output, x_TH)
         else:
             torch.add(buffers.residual, x_TH, out=buffers.output)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipemax.worker.attention_hook import StepContext
 from pipemax.worker.llama_layers import LlamaLayers
+from pipemax.worker.upload import copy_by_kernel
 
 
 def graph_sizes(max_tokens: int) -> list[int]:
@@ -57,8 +58,8 @@ class PieceGraphs:
         """As `LlamaLayers.forward`. The result is overwritten by the next call."""
         num_tokens = len(positions_T)
         buffers = self._buffers.first(num_tokens)
-        buffers.input.copy_(input_)
-        buffers.positions.copy_(positions_T)
+        copy_by_kernel(buffers.input, input_)
+        copy_by_kernel(buffers.positions, positions_T)
         first, *others = self._graphs_of[self._sizes[bisect.bisect_left(self._sizes, num_tokens)]]
         first.replay()
         for layer, graph in enumerate(others):

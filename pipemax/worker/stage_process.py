@@ -32,16 +32,21 @@ from pipemax.attention.reference import ReferenceAttention
 from pipemax.config import ConfigError, LoadFormat
 from pipemax.cuda_options import CudaOptions
 from pipemax.kv.geometry import KVGeometry
+from pipemax.model_spec import ModelSpec
 from pipemax.plan import StepPlan
 from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.device import Device, open_device, set_threads
 from pipemax.worker.kv_store import KVStore
+from pipemax.worker.link_probe import StepMessages, probe_links
+from pipemax.worker.model_slice import read_config, resolve_dtype
 from pipemax.worker.pulse import Pulse, dump_stacks_on_signal
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.stage_worker import RunningStep, StageWorker
 from pipemax.worker.start_up import StartUp, StartUpPart
 from pipemax.worker.transfer import layers_per_copy
-from pipemax.worker.transport import LinkError, StageLinks, choose_medium
+from pipemax.worker.transport import LinkError, StageLinks, possible_media
+
+_PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +148,8 @@ def run_stage_process(
 
 def _fail(error: BaseException, reports: _Reports) -> NoReturn:
     """Says why and ends the process; from any thread."""
-    message = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-    if isinstance(error, torch.OutOfMemoryError):
-        message = f"{_first_sentence(error)}: lower gpu_memory_utilization, max_num_batched_tokens or max_num_seqs"
     failure = StageFailure(
-        message=message,
+        message=_why(error),
         traceback="".join(traceback.format_exception(error)),
         config_error=isinstance(error, ConfigError),
         is_echo=isinstance(error, LinkError),
@@ -158,19 +160,29 @@ def _fail(error: BaseException, reports: _Reports) -> NoReturn:
     os._exit(1)
 
 
+def _why(error: BaseException) -> str:
+    """In one line as far as it can be; an error that says nothing is at least told with its place."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{_first_sentence(error)}: lower gpu_memory_utilization, max_num_batched_tokens or max_num_seqs"
+    if isinstance(error, ConfigError):
+        return str(error)
+    kind = type(error).__name__
+    if str(error).strip():
+        return f"{kind}: {error}"
+    own = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_PACKAGE)
+    ]
+    if not own:
+        return kind
+    return f"{kind} at {Path(own[-1].filename).relative_to(_PACKAGE.parent)}:{own[-1].lineno}"
+
+
 def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _Reports, pulse: Pulse) -> None:
     stage, start_up = settings.stage, StartUp(pulse)
     start_up.begin("opening its device")
     device = open_device(settings.device, index=settings.cuda.device_of_stage(stage.stage))
     start_up.use_device(device.torch_device)
-    start_up.begin("connecting to the other stages")
-    links = StageLinks(
-        stage=stage.stage,
-        num_stages=stage.num_stages,
-        rendezvous=settings.rendezvous,
-        device=device.torch_device,
-        medium=choose_medium(device.torch_device, shares_devices=settings.cuda.shares_devices),
-    )
+    links = _connect(settings, device.torch_device, start_up)
     start_up.begin("loading weights")
     layers = f"layers {stage.layers.start} to {stage.layers.stop - 1}"
     with _shortage_told(
@@ -214,6 +226,43 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
         _run_plans(worker, inbox, lambda step: reports.send(step.report()), pulse)
     else:
         _run_plans(worker, inbox, _start_reporter(reports), pulse)
+
+
+def _connect(settings: StageSettings, device: torch.device, start_up: StartUp) -> StageLinks:
+    """Links over the medium that serves this machine best."""
+    stage = settings.stage
+    start_up.begin("connecting to the other stages")
+    links = {
+        medium: StageLinks(
+            stage=stage.stage,
+            num_stages=stage.num_stages,
+            rendezvous=settings.rendezvous,
+            device=device,
+            medium=medium,
+        )
+        for medium in possible_media(device, shares_devices=settings.cuda.shares_devices)
+    }
+    if len(links) == 1 or stage.num_stages == 1:
+        return next(iter(links.values()))
+    start_up.begin("measuring the links")
+    config = read_config(
+        settings.model_dir, load_format=settings.load_format, trust_remote_code=settings.trust_remote_code
+    )
+    probe = probe_links(
+        links,
+        stage=stage.stage,
+        num_stages=stage.num_stages,
+        messages=StepMessages.of_steps(
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            hidden_size=ModelSpec.from_config(config).hidden_size,
+            dtype=resolve_dtype(config, settings.dtype, device=device),
+        ),
+        device=device,
+    )
+    if stage.is_first:  # all have the same
+        start_up.measured(probe)
+    return links[probe.taken]
 
 
 @contextlib.contextmanager

@@ -12,16 +12,21 @@ from dataclasses import dataclass
 
 import torch
 
+from pipemax.worker.link_probe import LinkProbe
 from pipemax.worker.pulse import Pulse
 
 
 @dataclass(frozen=True, slots=True)
 class StartUpPart:
-    """`seconds` until the next part began. `device_bytes`: GPU memory that it took and kept; 0 on a CPU."""
+    """`seconds` until the next part began. `device_bytes`: GPU memory that it took and kept; 0 on a CPU.
+
+    `links`: what came of measuring them, of the part of the first stage that did.
+    """
 
     name: str
     seconds: float
     device_bytes: int
+    links: LinkProbe | None = None
 
 
 class StartUp:
@@ -32,6 +37,7 @@ class StartUp:
         self._parts: list[StartUpPart] = []
         self._device: torch.device | None = None
         self._name = ""
+        self._links: LinkProbe | None = None
         self._began_seconds = 0.0
         self._free_bytes = 0
 
@@ -46,6 +52,10 @@ class StartUp:
         if device.type == "cuda":
             self._free_bytes = torch.cuda.mem_get_info(device)[1]
 
+    def measured(self, links: LinkProbe) -> None:
+        """What came of the part that is under way."""
+        self._links = links
+
     def end(self) -> tuple[StartUpPart, ...]:
         """All parts; the stage is ready."""
         self._end_part()
@@ -58,5 +68,7 @@ class StartUp:
             free_bytes = torch.cuda.mem_get_info(self._device)[0]
         if self._name:
             taken_bytes = self._free_bytes - free_bytes
-            self._parts.append(StartUpPart(self._name, now_seconds - self._began_seconds, taken_bytes))
+            seconds = now_seconds - self._began_seconds
+            self._parts.append(StartUpPart(self._name, seconds, taken_bytes, self._links))
+        self._links = None
         self._began_seconds, self._free_bytes = now_seconds, free_bytes

@@ -8,9 +8,10 @@ One process group a link, so nothing on one link waits for another. Both ends of
 know every shape from the plan: messages carry no metadata. A step without rows sends no activations, one without
 samples samples no tokens.
 
-Two media. NCCL, when every stage has a GPU of its own: messages go from GPU to GPU in stream order, no host waits for
+Two media. NCCL, where every stage has a GPU of its own: messages go from GPU to GPU in stream order, no host waits for
 them, and receiving makes later compute wait. HOST (gloo): messages are in host memory; a GPU's are copied there, and a
-thread sends them once the copy is done, so that the thread which issues steps does not wait for the GPU.
+thread sends them once the copy is done, so that the thread which issues steps does not wait for the GPU. Links are of
+one medium. Where both can be, a stage has links of each at first, and those that are slower are closed.
 
 Why any number of plans may be in flight: take the oldest step that some stage has not run. All older steps have run
 everywhere; its stage waits only for the stage before, which has run it, and for tokens of older steps.
@@ -21,7 +22,8 @@ while tokens were awaited a step ahead: decode steps 15 to 70 % longer), and cal
 GPU, such as loading a kernel at its first use, wait for it: two stages have stood still like that, each with a receive
 posted for what the other had yet to issue. In host memory receives are posted ahead and cost nothing.
 
-Here live groups, buffers in flight, timeouts. Never here: what the tensors mean, requests, plans.
+Here live groups, buffers in flight, timeouts. Never here: what the tensors mean, requests, plans, which medium is the
+faster one (`link_probe.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import enum
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,20 +69,21 @@ class LinkMedium(enum.StrEnum):
         return "gloo" if self is LinkMedium.HOST else "nccl"
 
 
-def choose_medium(device: torch.device, *, shares_devices: bool) -> LinkMedium:
-    """NCCL for stages that have a GPU each, unless the environment variable PIPEMAX_STAGE_LINK says host.
+def possible_media(device: torch.device, *, shares_devices: bool) -> tuple[LinkMedium, ...]:
+    """What links can be of: NCCL and HOST for stages that have a GPU each, else HOST.
 
-    Raises ConfigError for a value of the variable that is none, or that cannot be.
+    Where the environment variable PIPEMAX_STAGE_LINK is set, what it says. Raises ConfigError for a value that is none,
+    or that cannot be.
     """
     can_be_nccl = device.type == "cuda" and not shares_devices
     wanted = os.environ.get(MEDIUM_VARIABLE)
     if wanted is None:
-        return LinkMedium.NCCL if can_be_nccl else LinkMedium.HOST
+        return (LinkMedium.NCCL, LinkMedium.HOST) if can_be_nccl else (LinkMedium.HOST,)
     if wanted not in list(LinkMedium):
         raise ConfigError(f"{MEDIUM_VARIABLE} must be host or nccl, got {wanted!r}")
     if wanted == LinkMedium.NCCL and not can_be_nccl:
         raise ConfigError(f"{MEDIUM_VARIABLE}=nccl needs a GPU for each stage: unset it")
-    return LinkMedium(wanted)
+    return (LinkMedium(wanted),)
 
 
 class LinkError(RuntimeError):
@@ -107,6 +111,26 @@ class Transfer:
         except RuntimeError as error:
             raise LinkError(f"a stage link broke: {error}") from error
         return self.tensor
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Blocks until the device is through with what this thread has issued, for CONNECT_TIMEOUT at most. Not on a CPU.
+
+    For the start, where a medium may turn out not to work: a message that never comes would hold the whole GPU, and
+    whoever waits for that waits for ever. Raises LinkError.
+    """
+    if device.type == "cpu":
+        return
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+    deadline_seconds = time.monotonic() + CONNECT_TIMEOUT.total_seconds()
+    while not done.query():  # type: ignore[no-untyped-call]
+        if time.monotonic() > deadline_seconds:
+            raise LinkError(
+                f"a message between GPUs did not come within {CONNECT_TIMEOUT.total_seconds():g} s: set "
+                f"NCCL_P2P_DISABLE=1, or {MEDIUM_VARIABLE}=host"
+            )
+        time.sleep(0)  # other threads of this process may have to send something
 
 
 class _Inbox:
@@ -143,8 +167,9 @@ class _StagedSends:
     def __init__(self, send: Callable[[Tensor], Transfer]) -> None:
         self._send = send
         self._error: BaseException | None = None
-        self._queue: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="link", daemon=True).start()
+        self._queue: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="link", daemon=True)
+        self._thread.start()
 
     def put(self, tensor: Tensor) -> None:
         """Raises LinkError when an earlier one could not be sent."""
@@ -155,12 +180,18 @@ class _StagedSends:
         copied.record()
         self._queue.put((on_host, copied))
 
+    def close(self) -> None:
+        """Returns once all that was put is sent, and the thread is gone."""
+        self._queue.put(None)
+        self._thread.join()
+
     def _work(self) -> None:
         try:
-            while True:
-                tensor, copied = self._queue.get()
+            while (item := self._queue.get()) is not None:
+                tensor, copied = item
                 copied.synchronize()
                 self._send(tensor).wait()
+                del item, tensor  # the next one may be long in coming
         except BaseException as error:
             self._error = error
 
@@ -179,8 +210,9 @@ class StageLinks:
     ) -> None:
         """Connects to the stages beside this one; all stages must be in this call. A single stage has no links.
 
-        `rendezvous` is an empty place in a private folder, the same for all stages. Sockets stay on the loopback
-        interface. `device` is where tensors to send are. Raises LinkError when a peer does not come.
+        `rendezvous` is an empty place in a private folder, the same for all stages; they meet there once, whatever
+        number of links over other media they make after that. Sockets stay on the loopback interface. `device` is
+        where tensors to send are. Raises LinkError when a peer does not come.
         """
         self._device = device
         self._medium = medium
@@ -191,25 +223,32 @@ class StageLinks:
         self._unfinished_tokens: deque[Transfer] = deque()
         self._hidden_inbox: _Inbox | None = None
         self._token_inbox: _Inbox | None = None
+        self._groups: list[dist.ProcessGroup] = []  # that this stage is in
+        self._behind: dist.ProcessGroup | None = None
+        self._tokens: dist.ProcessGroup | None = None
+        self._staged_hidden: _StagedSends | None = None
+        self._staged_tokens: _StagedSends | None = None
         if num_stages == 1:
             return
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # nobody outside this machine may connect
             os.environ.setdefault(variable, "lo")
         try:
-            dist.init_process_group(
-                "gloo",
-                store=dist.FileStore(str(rendezvous), num_stages),  # type: ignore[attr-defined]
-                rank=stage,
-                world_size=num_stages,
-                timeout=CONNECT_TIMEOUT,
-            )
+            if not dist.is_initialized():
+                dist.init_process_group(
+                    "gloo",
+                    store=dist.FileStore(str(rendezvous), num_stages),  # type: ignore[attr-defined]
+                    rank=stage,
+                    world_size=num_stages,
+                    timeout=CONNECT_TIMEOUT,
+                )
             # Every stage makes every group, in one order, also those that it is not in: the order numbers them.
             links = [self._new_group(sender, sender + 1) for sender in range(num_stages - 1)]
-            self._tokens = self._new_group(num_stages - 1, 0)
+            tokens = self._new_group(num_stages - 1, 0)
         except RuntimeError as error:  # dist.DistError is one
             raise LinkError(f"stage {stage} could not connect to the other stages: {error}") from error
         before = links[stage - 1] if stage > 0 else None
-        self._behind = links[stage] if stage < num_stages - 1 else None
+        behind = links[stage] if stage < num_stages - 1 else None
+        self._behind, self._tokens = behind, tokens
         nccl = medium is LinkMedium.NCCL
         if before is not None:
             self._hidden_inbox = _Inbox(
@@ -217,13 +256,10 @@ class StageLinks:
             )
         if stage == 0:
             self._token_inbox = _Inbox(
-                lambda buffer: self._receive(buffer, num_stages - 1, self._tokens),
+                lambda buffer: self._receive(buffer, num_stages - 1, tokens),
                 most_posted=0 if nccl else MAX_POSTED_TOKENS,
             )
-        self._staged_hidden: _StagedSends | None = None
-        self._staged_tokens: _StagedSends | None = None
         if device.type == "cuda" and medium is LinkMedium.HOST:
-            behind, tokens = self._behind, self._tokens
             if behind is not None:
                 self._staged_hidden = _StagedSends(lambda tensor: self._send(tensor, stage + 1, behind))
             else:
@@ -259,7 +295,7 @@ class StageLinks:
 
     def send_tokens(self, token_ids_S: Tensor) -> None:
         """Last stage: sends a step's sampled tokens, int32 [S], S > 0, to the first. Does not wait for it."""
-        assert self._stage == self._num_stages - 1 and token_ids_S.dtype == torch.int32
+        assert self._tokens is not None and self._stage == self._num_stages - 1 and token_ids_S.dtype == torch.int32
         if self._staged_tokens is not None:
             self._staged_tokens.put(token_ids_S)
             return
@@ -278,6 +314,26 @@ class StageLinks:
         assert self._token_inbox is not None
         return self._token_inbox.receive()
 
+    def finish_sends(self) -> None:
+        """Waits for what is on its way, as `Transfer.wait` does, and lets go of it. Raises LinkError."""
+        for unfinished in (self._unfinished_sends, self._unfinished_tokens):
+            while unfinished:
+                unfinished.popleft().wait()
+
+    def close(self) -> None:
+        """Gives back groups and threads, and the GPU memory that NCCL's communicators hold. Idempotent.
+
+        All stages must be in this call, with nothing expected and nothing on its way that is not received.
+        """
+        self.finish_sends()
+        for staged in (self._staged_hidden, self._staged_tokens):
+            if staged is not None:
+                staged.close()
+        self._staged_hidden = self._staged_tokens = self._hidden_inbox = self._token_inbox = None
+        self._behind = self._tokens = None
+        while self._groups:  # in the order in which they were made, since both ends wait for each other
+            dist.destroy_process_group(self._groups.pop(0))
+
     def _buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """For a receive. Over NCCL it is on the GPU, else in host memory, pinned if a GPU copies from there."""
         if self._medium is LinkMedium.NCCL:
@@ -290,13 +346,16 @@ class StageLinks:
         group: dist.ProcessGroup = dist.new_group(
             [sender, receiver], backend=self._medium.torch_backend, timeout=timeout
         )
-        if self._medium is LinkMedium.NCCL and self._stage in (sender, receiver):
+        if self._stage not in (sender, receiver):
+            return group
+        self._groups.append(group)
+        if self._medium is LinkMedium.NCCL:
             greeting = torch.zeros(1, dtype=torch.int32, device=self._device)
             if self._stage == sender:
                 self._send(greeting, receiver, group).wait()
             else:
                 self._receive(greeting, sender, group).wait()
-            torch.cuda.synchronize(self._device)
+            wait_for_device(self._device)
         return group
 
     def _send(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Transfer:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from pipemax.config import ConfigError
 from pipemax.worker import transport
-from pipemax.worker.transport import LinkError, LinkMedium, StageLinks, choose_medium
+from pipemax.worker.transport import LinkError, LinkMedium, StageLinks, possible_media
 
 HIDDEN = 96
 # Tokens and samples of each step: the first stage hands all of them on before it looks at any answer.
@@ -136,6 +136,33 @@ def test_a_stage_that_never_comes_does_not_hang_the_others(tmp_path: Path) -> No
     assert isinstance(error, LinkError) and "stage 0 could not connect" in str(error)
 
 
+def closes_one_of_two(stage: int, num_stages: int, rendezvous: Path) -> object:
+    """Sockets before, with both and afterwards, and whether what is left still carries messages."""
+    left = connect(stage, num_stages, rendezvous)
+    before = count_sockets()
+    other = StageLinks(stage=stage, num_stages=num_stages, rendezvous=rendezvous)
+    for links in (other, left):
+        links.set_hidden(HIDDEN, torch.float32)
+        if stage == 0:
+            links.send_hidden(torch.ones(3, HIDDEN))
+        else:
+            links.expect_hidden(3)
+            assert links.receive_hidden().sum() == 3 * HIDDEN
+    both = count_sockets()
+    other.close()
+    other.close()
+    return before, both, count_sockets()
+
+
+def count_sockets() -> int:
+    return sum(_is_socket(fd) for fd in os.listdir("/proc/self/fd"))
+
+
+def test_closed_links_leave_the_others_alone(tmp_path: Path) -> None:
+    for before, both, after in run_stages([closes_one_of_two] * 2, tmp_path):  # type: ignore[misc]
+        assert after == before < both
+
+
 def listening_addresses(stage: int, num_stages: int, rendezvous: Path) -> object:
     connect(stage, num_stages, rendezvous)
     inodes = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_socket(fd)}
@@ -192,23 +219,24 @@ def test_sockets_are_bound_to_the_loopback_unless_the_user_says_otherwise(
 
 
 @pytest.mark.parametrize(
-    ("device", "shares_devices", "wanted", "medium"),
+    ("device", "shares_devices", "wanted", "media"),
     [
-        ("cpu", False, None, LinkMedium.HOST),
-        ("cuda", False, None, LinkMedium.NCCL),
-        ("cuda", True, None, LinkMedium.HOST),
-        ("cuda", False, "host", LinkMedium.HOST),
-        ("cuda", False, "nccl", LinkMedium.NCCL),
+        ("cpu", False, None, (LinkMedium.HOST,)),
+        ("cuda", False, None, (LinkMedium.NCCL, LinkMedium.HOST)),
+        ("cuda", True, None, (LinkMedium.HOST,)),
+        ("cuda", False, "host", (LinkMedium.HOST,)),
+        ("cuda", False, "nccl", (LinkMedium.NCCL,)),
     ],
 )
-def test_the_medium_is_nccl_where_stages_have_a_gpu_each(monkeypatch, device, shares_devices, wanted, medium) -> None:
+def test_there_is_a_choice_where_stages_have_a_gpu_each(monkeypatch, device, shares_devices, wanted, media) -> None:
+    monkeypatch.delenv("PIPEMAX_STAGE_LINK", raising=False)
     if wanted is not None:
         monkeypatch.setenv("PIPEMAX_STAGE_LINK", wanted)
-    assert choose_medium(torch.device(device), shares_devices=shares_devices) is medium
+    assert possible_media(torch.device(device), shares_devices=shares_devices) == media
 
 
 @pytest.mark.parametrize("wanted", ["nccl", "infiniband"])
 def test_a_medium_that_cannot_be_is_refused(monkeypatch, wanted) -> None:
     monkeypatch.setenv("PIPEMAX_STAGE_LINK", wanted)
     with pytest.raises(ConfigError, match="PIPEMAX_STAGE_LINK"):
-        choose_medium(torch.device("cpu"), shares_devices=False)
+        possible_media(torch.device("cpu"), shares_devices=False)
