@@ -1,18 +1,29 @@
 """`CalibratedCostModel`: a cost model corrected by the steps as they finish.
 
-A window of the last (predicted, measured) pairs gives one factor for decode steps and one for steps with prompt tokens:
-they err differently (bandwidth against arithmetic). The factor is the median of the ratios, so that less than half of
-the window being wrong (a stall, another process on the GPU) does not move it, and it is bounded. Never here: the link's
-bandwidth (`link_rate.py`).
+Windows of the last ratios of measured to predicted time give factors: one for decode steps, and for steps with prompt
+tokens one for each size, since a model that is right about few tokens (bandwidth) may be wrong about many (arithmetic).
+Between the sizes that were seen the factor goes in a straight line over the logarithm of the tokens, down to decode's:
+
+    factor    1.3                x
+              1.2              /   \\
+              1.1            /       \\___ x _______ x
+              1.0   decode x
+    tokens               62    91  183   388     2048
+
+A factor is the median of its ratios, so that less than half of the window being wrong (a stall, another process on the
+GPU) does not move it, and it is bounded. Never here: the link's bandwidth (`link_rate.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from statistics import median
 
 from pipemax.cost.load import StageShape, StepLoad
 from pipemax.cost.model import CostModel
+
+_SIZES_PER_OCTAVE = 2
 
 
 class _Factor:
@@ -30,8 +41,12 @@ class _Factor:
         self._stale = True
 
     @property
+    def is_known(self) -> bool:
+        return len(self._ratios) >= self._min_steps
+
+    @property
     def value(self) -> float:
-        if self._stale and len(self._ratios) >= self._min_steps:
+        if self._stale and self.is_known:
             self._value = min(max(median(self._ratios), 1 / self._max_factor), self._max_factor)
             self._stale = False
         return self._value
@@ -40,7 +55,7 @@ class _Factor:
 class CalibratedCostModel:
     """Implements `CostModel`.
 
-    window_steps    pairs that are remembered, of each kind of step
+    window_steps    pairs that are remembered, of decode steps and of each size of steps with prompt tokens
     min_steps       pairs before the first correction
     max_factor      corrections stay within [1 / max_factor, max_factor]
     """
@@ -50,26 +65,61 @@ class CalibratedCostModel:
     ) -> None:
         assert 1 <= min_steps <= window_steps and max_factor >= 1
         self._model = model
-        self._decode = _Factor(window_steps=window_steps, min_steps=min_steps, max_factor=max_factor)
-        self._prefill = _Factor(window_steps=window_steps, min_steps=min_steps, max_factor=max_factor)
+        self._settings = {"window_steps": window_steps, "min_steps": min_steps, "max_factor": max_factor}
+        self._decode = self._new_factor()
+        self._decode_size = 0.0
+        self._factor_of_size: dict[int, _Factor] = {}
+        self._curve: list[tuple[float, float]] | None = []
 
     def step_seconds(self, load: StepLoad, stage: StageShape) -> float:
         """See `CostModel`."""
-        return self._factor(load).value * self._model.step_seconds(load, stage)
+        factor = self.decode_factor if load.is_decode else self.prompt_factor(load.num_tokens)
+        return factor * self._model.step_seconds(load, stage)
 
     def observe(self, load: StepLoad, stage: StageShape, measured_seconds: float) -> None:
         """A step has computed that long on that stage, waits left out. Steps without tokens say nothing."""
         predicted = self._model.step_seconds(load, stage)
-        if predicted > 0 and measured_seconds > 0:
-            self._factor(load).observe(measured_seconds / predicted)
+        if predicted <= 0 or measured_seconds <= 0:
+            return
+        ratio, size = measured_seconds / predicted, _size(load.num_tokens)
+        if load.is_decode:
+            self._decode.observe(ratio)
+            self._decode_size = size
+        else:
+            self._factor_of_size.setdefault(round(size), self._new_factor()).observe(ratio)
+        self._curve = None
 
     @property
     def decode_factor(self) -> float:
         return self._decode.value
 
-    @property
-    def prefill_factor(self) -> float:
-        return self._prefill.value
+    def prompt_factor(self, num_tokens: int) -> float:
+        """Of a step with prompt tokens and that many tokens in all."""
+        curve = self._curve if self._curve is not None else self._new_curve()
+        if not curve or num_tokens < 1:
+            return 1.0
+        size = _size(num_tokens)
+        before = curve[0]
+        for point in curve:
+            if size <= point[0]:
+                width = point[0] - before[0]
+                share = (size - before[0]) / width if width > 0 else 1.0
+                return before[1] + share * (point[1] - before[1]) if size > before[0] else before[1]
+            before = point
+        return before[1]
 
-    def _factor(self, load: StepLoad) -> _Factor:
-        return self._decode if load.is_decode else self._prefill
+    def _new_curve(self) -> list[tuple[float, float]]:
+        """(size, factor), by size."""
+        curve = [(float(size), factor.value) for size, factor in self._factor_of_size.items() if factor.is_known]
+        curve.sort()
+        if curve and self._decode.is_known and self._decode_size < curve[0][0]:
+            curve.insert(0, (self._decode_size, self._decode.value))
+        self._curve = curve
+        return curve
+
+    def _new_factor(self) -> _Factor:
+        return _Factor(**self._settings)  # type: ignore[arg-type]
+
+
+def _size(num_tokens: int) -> float:
+    return _SIZES_PER_OCTAVE * math.log2(num_tokens) if num_tokens > 0 else 0.0

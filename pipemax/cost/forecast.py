@@ -20,6 +20,8 @@ _TYPICAL_LOAD = StepLoad.of_decode(num_rows=64, kv_tokens=64 * 512)
 # Tokens are free as long as a step takes at most this much longer than one of a single token.
 _FREE_SHARE = 1.15
 _MOST_FREE_TOKENS = 8192
+# Results between two counts of them.
+_RECOUNT_STEPS = 64
 
 
 class Forecast:
@@ -45,6 +47,7 @@ class Forecast:
         self._block_bytes = block_bytes
         self._learn = learn
         self._loads: dict[int, StepLoad] = {}
+        self._num_finished = 0
         self.free_tokens = self._count_free_tokens()
 
     def step_seconds(self, load: StepLoad) -> float:
@@ -67,6 +70,9 @@ class Forecast:
             self._cost.observe(load, self._stage, result.timings[self._index].compute_seconds)
             # One stage that waits for its window keeps the next from waiting for its own.
             self._link.observe(max(result.timings, key=lambda timing: timing.window_wait_seconds))
+            self._num_finished += 1
+            if not self._num_finished % _RECOUNT_STEPS:
+                self.free_tokens = self._count_free_tokens()
 
     def _count_free_tokens(self) -> int:
         """The most tokens that a step computes in hardly more time than one token."""

@@ -77,14 +77,16 @@ class MemoryPressure:
     def prompt_reserve(self, chunk_tokens: int) -> int:
         """Slots that prompts will want while they are prefilled by chunks of that many tokens: joiners leave them free.
 
-        One chunk being computed and one on its way home; and the rest of the prompt that is half-way.
+        One chunk being computed and one on its way home; and what the prompt that is half-way has yet to get: its rest,
+        and what it had to give up.
         """
         waiting = self._population.waiting
         if not chunk_tokens or not waiting:
             return 0
         reserve = 2 * self._kv.blocks_for(chunk_tokens)
         if waiting[0].request_id in self._holders:
-            reserve += self._kv.blocks_for(waiting[0].num_tokens) - self.num_blocks(waiting[0])
+            table = self._kv.tables[waiting[0].request_id]
+            reserve += self._kv.blocks_for(waiting[0].num_tokens) - table.num_blocks + table.num_absent
         return reserve
 
     @property
@@ -292,7 +294,7 @@ class MemoryPressure:
         self._batch_absent[batch_id] += self._kv.tables[request.request_id].num_absent
 
     def board(self, request: RequestState, *, keep_free: int) -> None:
-        """Brings what the link has time for of a READY request that is too long to come back in one step."""
+        """Brings what the link has time for of a request that is too long to come back in one step."""
         room = min(self._budget.left(self._refill_blocks), self._kv.device.num_free - keep_free)
         absent = self._kv.tables[request.request_id].absent_blocks().tolist()
         for block in absent[: max(0, room)]:

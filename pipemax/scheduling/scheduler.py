@@ -440,6 +440,8 @@ class Scheduler:
                 wanted = self._chunk_within(within_seconds, load, request, at_most=wanted)
             num_new = memory.admit(request, at_most=wanted, keep_free=0) if wanted else 0
             if num_new == 0:
+                if request.num_computed:  # what it had to give up comes back over several steps, if it must
+                    memory.board(request, keep_free=0)
                 break
             tokens_left -= num_new
             chunks.append(Chunk(request, num_new, samples=num_new == request.num_pending))

@@ -39,8 +39,24 @@ def test_errors_of_half_are_found_under_noise_for_each_kind_of_step():
         load = PREFILL if step % 5 == 0 else DECODE
         cost.observe(load, STAGE, truth.step_seconds(load, STAGE))
     assert cost.decode_factor == pytest.approx(1.5, rel=0.1)
-    assert cost.prefill_factor == pytest.approx(0.5, rel=0.15)
+    assert cost.prompt_factor(100) == pytest.approx(0.5, rel=0.15)
     assert cost.step_seconds(DECODE, STAGE) == pytest.approx(12.0, rel=0.1)
+
+
+def test_sizes_are_corrected_apart_and_what_lies_between_is_between():
+    cost = calibrated(min_steps=2)
+    for tokens, factor in ((256, 1.2), (4096, 0.8)):
+        load = StepLoad.of_rows(np.array([0]), np.array([tokens]), 1)
+        for _ in range(2):
+            cost.observe(load, STAGE, tokens * factor)
+    assert [cost.prompt_factor(tokens) for tokens in (10, 256, 1024, 4096, 10_000)] == pytest.approx(
+        [1.2, 1.2, 1.0, 0.8, 0.8]
+    )
+    # Decode steps are another matter, and what steps with a few prompt tokens come near to.
+    for _ in range(2):
+        cost.observe(StepLoad.of_decode(num_rows=64, kv_tokens=800), STAGE, 64 * 2.2)
+    assert [cost.prompt_factor(tokens) for tokens in (32, 64, 128, 256)] == pytest.approx([2.2, 2.2, 1.7, 1.2])
+    assert cost.decode_factor == pytest.approx(2.2)
 
 
 def test_a_minority_of_stalls_does_not_matter():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 
 from pipemax.config import ConfigError, KVOffload, PhasePolicyName
@@ -113,6 +114,42 @@ def test_learning_from_steps_avoids_waits_for_a_link_that_is_slower_than_believe
     learning, stubborn = (simulate(300, misestimate=wrong, correct_estimates=learn) for learn in (True, False))
     assert max(learning.window_wait) < 0.5 * max(stubborn.window_wait)
     assert learning.output_tokens_per_second > stubborn.output_tokens_per_second
+
+
+class PromptSpan:
+    """Observes how many steps lie between the first and the last chunk of one request's prompt."""
+
+    def __init__(self, request_id: int) -> None:
+        self._request_id = request_id
+        self._num_steps = 0
+        self._chunks: list[int] = []
+
+    def on_submit(self, plan, *, now_seconds, gauges) -> None:
+        self._num_steps += 1
+        if np.any(plan.num_new_tokens[plan.request_ids == self._request_id] > 1):
+            self._chunks.append(self._num_steps)
+
+    def on_result(self, result, updates) -> None:
+        pass
+
+    @property
+    def num_steps(self) -> int:
+        return self._chunks[-1] - self._chunks[0]
+
+
+def test_a_prompt_that_had_to_make_room_half_way_comes_back_before_those_that_join():
+    """A long prompt among chats of which many are ready to join; it was half-way for 700 steps once."""
+    lengths = [RequestLengths(1500 if i == 150 else 60 + i % 80, 300 + (i * 37) % 300) for i in range(200)]
+    span = PromptSpan(150)
+    run = simulate_pipeline(
+        model=MODEL,
+        server=server(),
+        workload=lengths,
+        settings=settings(phase_policy=PhasePolicyName.MIXED),
+        watch=lambda capacity: span,
+    )
+    assert 10 < span.num_steps < 500  # the chats that run are older, and keep what they have
+    assert run.num_requests == 200
 
 
 def test_little_host_memory_means_fewer_requests_alive():
