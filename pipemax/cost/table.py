@@ -17,7 +17,7 @@ from pipemax.cost.model import CostModel
 from pipemax.cost.roofline import RooflineCostModel
 from pipemax.model_spec import ModelSpec
 
-_TABLE_FILES = ("h100_sxm_gemm.json",)
+_TABLE_FILES = ("h100_sxm_gemm.json", "h200_gemm.json")
 
 
 @dataclass(frozen=True, slots=True)

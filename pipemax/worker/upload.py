@@ -9,13 +9,17 @@ link but past the queue:
     compute            | ... the step before ... | kernel reads the array | step
     refill           |======================================================|   the engine never stands between
 
-Also copies inside the device that are kernels, since the library's may be an engine's. Never here: KV blocks
-(`block_copy.py`), activations (`transport.py`).
+Also copies inside the device that are kernels, since the library's may be an engine's. With PIPEMAX_UPLOAD=engine in
+the environment the engine copies what comes from the host, to be compared. Never here: KV blocks (`block_copy.py`),
+activations (`transport.py`).
 """
 
 from __future__ import annotations
 
+import enum
+import functools
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -23,9 +27,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipemax.config import ConfigError
+
+METHOD_VARIABLE = "PIPEMAX_UPLOAD"
+
 _RING_BYTES = 32 * 1024**2
 _NUM_SECTIONS = 8
 _ALIGNMENT_BYTES = 16
+
+
+class UploadMethod(enum.StrEnum):
+    """See the module."""
+
+    KERNEL = "kernel"
+    ENGINE = "engine"
+
+
+@functools.cache
+def upload_method() -> UploadMethod:
+    """What the environment says, for good. Raises ConfigError for a value that is none."""
+    wanted = os.environ.get(METHOD_VARIABLE, UploadMethod.KERNEL)
+    if wanted not in list(UploadMethod):
+        raise ConfigError(f"{METHOD_VARIABLE} must be kernel or engine, got {wanted!r}")
+    return UploadMethod(wanted)
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -36,8 +60,8 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
         return host.to(device)
     if not array.size:
         return torch.empty(host.shape, dtype=host.dtype, device=device)
-    words = _ring(device).write(array)
-    if words is None:  # megabytes wait for their turn on the engine
+    words = _ring(device).write(array) if upload_method() is UploadMethod.KERNEL else None
+    if words is None:  # or there are megabytes: they wait for their turn on the engine
         return host.pin_memory().to(device, non_blocking=True)
     uploaded: Tensor = torch.bitwise_or(words, 0).view(host.dtype)[: array.size].view(host.shape)
     return uploaded
@@ -46,6 +70,9 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
 def upload_into(destination: Tensor, array: NDArray[Any]) -> None:
     """Overwrites an int32 tensor on a GPU with an array of its size, at most a few megabytes, in stream order."""
     assert destination.dtype == torch.int32 and destination.is_contiguous() and array.dtype == np.int32
+    if upload_method() is UploadMethod.ENGINE:
+        destination.copy_(torch.from_numpy(np.ascontiguousarray(array)).pin_memory(), non_blocking=True)
+        return
     words = _ring(destination.device).write(np.ascontiguousarray(array))
     assert words is not None, "the array is too large to be uploaded by a kernel"
     torch.bitwise_or(words[: array.size], 0, out=destination.view(-1))
@@ -53,15 +80,21 @@ def upload_into(destination: Tensor, array: NDArray[Any]) -> None:
 
 def copy_by_kernel(destination: Tensor, source: Tensor) -> None:
     """destination[...] = source, of one shape and dtype; both on one GPU, or `source` is `mapped` memory."""
-    torch.mul(source, 1, out=destination)
+    if source.device == destination.device:
+        torch.mul(source, 1, out=destination)
+    else:
+        destination.copy_(source, non_blocking=True)
 
 
 def mapped(pinned: Tensor, device: torch.device) -> Tensor:
-    """Pinned host memory as kernels of that GPU see it: a tensor on the device that shares it.
+    """Pinned host memory as kernels of that GPU see it: int32 on the device, sharing it.
 
-    Copies of it (`copy_`, `to`, `clone`) are a copy engine's; arithmetic is a kernel's.
+    Copies of it (`copy_`, `to`, `clone`) are a copy engine's; arithmetic is a kernel's. With the engine as the method
+    it is the host's tensor.
     """
     assert pinned.is_pinned() and pinned.is_contiguous() and device.type == "cuda"
+    if upload_method() is UploadMethod.ENGINE:
+        return pinned.view(-1).view(torch.int32)
     view: Tensor = torch.as_tensor(_HostMemory(pinned), device=device)
     assert view.data_ptr() == pinned.data_ptr(), "host and GPU do not share one address space"
     return view

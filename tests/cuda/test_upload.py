@@ -10,10 +10,30 @@ from pipemax.attention import flashinfer
 from pipemax.attention.base import LayerAttention
 from pipemax.attention.reference import ReferenceAttention
 from pipemax.worker.host_memory import HostMemory
-from pipemax.worker.upload import copy_by_kernel, mapped, upload, upload_into
+from pipemax.worker.upload import copy_by_kernel, mapped, upload, upload_into, upload_method
 from tests.cuda.test_flashinfer import backend, layout, relative_error
 
 MIB = 1024**2
+
+
+@pytest.fixture
+def by_engine(monkeypatch):
+    """The other method, which is there to be compared."""
+    monkeypatch.setenv("PIPEMAX_UPLOAD", "engine")
+    upload_method.cache_clear()
+    yield
+    upload_method.cache_clear()
+
+
+def test_the_engine_brings_the_same(device, by_engine):
+    array = np.arange(1000, dtype=np.int32)
+    destination = torch.zeros(1000, dtype=torch.int32, device=device)
+    upload_into(destination, array)
+    pinned = torch.arange(1000, dtype=torch.int32).pin_memory()
+    copied = torch.zeros_like(destination)
+    copy_by_kernel(copied, mapped(pinned, device))
+    for tensor in (upload(array, device), destination, copied):
+        assert torch.equal(tensor.cpu(), torch.from_numpy(array))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float32, np.float64, np.bool_, np.uint8])
