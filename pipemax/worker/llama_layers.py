@@ -18,6 +18,7 @@ Shape letters: T tokens, H hidden size, Q query heads, K key-value heads, D head
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,8 @@ _FAMILIES = frozenset(
         ("transformers.models.qwen3.modeling_qwen3", "Qwen3DecoderLayer"),
     }
 )
+# GEMMs of more tokens gain nothing (measured: 1,024 take 2.55 ms a layer of a 70B on an H200, 2,048 take 5.34).
+_MOST_MLP_TOKENS = 1024
 # Of these the frequencies are fixed when the model is made.
 _ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -252,7 +255,7 @@ class LlamaLayers:
     def _between(self, before: _Layer, after: _Layer | None, buffers: StepBuffers) -> None:
         x_TH = before.out(buffers.attended.flatten(1))
         self._ops.add_rms_norm(x_TH, buffers.residual, before.post_norm, self._eps)
-        x_TH = before.down(self._ops.silu_and_mul(before.gate_up(x_TH)))
+        x_TH = self._mlp(before, x_TH)
         if after is not None:
             self._ops.add_rms_norm(x_TH, buffers.residual, after.input_norm, self._eps)
             self._project(after, x_TH, buffers)
@@ -261,6 +264,16 @@ class LlamaLayers:
             copy_by_kernel(buffers.output, x_TH)
         else:
             torch.add(buffers.residual, x_TH, out=buffers.output)
+
+    def _mlp(self, layer: _Layer, x_TH: Tensor) -> Tensor:
+        """Over some tokens at a time: its activations are the widest of a step, and what they take is KV's loss."""
+        num_parts = math.ceil(len(x_TH) / _MOST_MLP_TOKENS)
+        if num_parts <= 1:
+            return layer.down(self._ops.silu_and_mul(layer.gate_up(x_TH)))
+        out_TH = torch.empty_like(x_TH)
+        for part, out in zip(x_TH.tensor_split(num_parts), out_TH.tensor_split(num_parts), strict=True):
+            layer.down.into(self._ops.silu_and_mul(layer.gate_up(part)), out)
+        return out_TH
 
     def _project(self, layer: _Layer, x_TH: Tensor, buffers: StepBuffers) -> None:
         layer.qkv.into(x_TH, buffers.qkv)

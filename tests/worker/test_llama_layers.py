@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipemax.worker import llama_layers
 from pipemax.worker.layer_ops import TorchOps
 from pipemax.worker.piece_graphs import graph_sizes
 from tests.worker.families import FAMILIES, VOCAB_SIZE, save_model
@@ -26,9 +27,11 @@ def logits_of(pipeline: Pipeline) -> list[torch.Tensor]:
     return [pipeline.step(rows) for rows in steps]
 
 
+@pytest.mark.parametrize("most_mlp_tokens", [5, 1024])  # prompts in parts, and whole
 @pytest.mark.parametrize("num_stages", [1, 2])
 @pytest.mark.parametrize("family", SERVED)
-def test_own_layers_give_what_transformers_gives(family, num_stages, tmp_path):
+def test_own_layers_give_what_transformers_gives(family, num_stages, most_mlp_tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_layers, "_MOST_MLP_TOKENS", most_mlp_tokens)
     torch.set_num_threads(1)
     save_model(family, tmp_path)
     expected = logits_of(Pipeline(tmp_path, num_stages))
