@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipemax.attention.base import RowLayout
-from pipemax.attention.flashinfer import CapturedBuffers, CapturedDecodeAttention, FlashInferAttention
+from pipemax.attention.captured_decode import CapturedBuffers, CapturedDecodeAttention
+from pipemax.attention.flashinfer import FlashInferAttention
 from pipemax.worker.attention_hook import LayerFences, LayerPools
 from pipemax.worker.llama_layers import LlamaLayers
 from pipemax.worker.piece_graphs import graph_sizes
