@@ -8,12 +8,13 @@ When the device runs short, in this order:
     4. what half-prefilled requests have computed is dropped: all of it must come back for their next chunk
     5. the youngest running request leaves its batch: its tail goes home, the rest is dropped
 
-A request that joins a batch takes no room from a prompt that is half-way, and leaves it what it still wants. And
-when host memory itself is full, or the device without offloading, the youngest request is restarted: its KV is
-given up and computed again. For lack of memory nobody yields to a younger request, and a request alone always fits
-(`Scheduler.add_request`), so the oldest always comes through and nothing deadlocks. (Who yields in `turns.py` has had
-its quantum of tokens, and does so only while homes are free.) A row that finds no slot this time *stalls*; until it
-has been served nobody joins and nothing is prefilled.
+A request that joins a batch takes no room from a prompt that is half-way, and leaves it what it still wants; what
+such a prompt gave up comes back over several steps, if one is too short for it. And when host memory itself is full, or
+the device without offloading, the youngest request is restarted: its KV is given up and computed again. For lack of
+memory nobody yields to a younger request, and a request alone always fits (`Scheduler.add_request`), so the oldest
+always comes through and nothing deadlocks. (Who yields in `turns.py` has had its quantum of tokens, and does so only
+while homes are free.) A row that finds no slot this time *stalls*; until it has been served nobody joins and nothing is
+prefilled.
 """
 
 from __future__ import annotations
