@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from pipemax.config import ConfigError
+from pipemax.executor.stage_handle import start_server
 from pipemax.report.html_report import JobOutcome
 from pipemax.report.job_record import JobRecord, RecordWishes
 from pipemax.request import SamplingParams
@@ -80,10 +81,11 @@ def run_throughput(
     Raises ConfigError for a wrong file or settings, before anything is loaded; ExecutorError when a stage fails;
     KeyboardInterrupt when it was ended early, after what had come by then is printed and written.
     """
-    from pipemax.llm import LLM
-
     lengths = read_lengths(dataset_path, num_prompts=num_prompts)
     _check_targets(dataset_path, {"--output-json": output_json, "--trace": wishes.trace, "--report": wishes.report})
+    start_server()
+    from pipemax.llm import LLM
+
     settings = {**engine_settings, "skip_tokenizer_init": True}
     if settings.get("max_model_len") is None:
         settings["max_model_len"] = longest_request_tokens(lengths)

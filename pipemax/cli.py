@@ -307,6 +307,7 @@ def run_batch(
         if overwrite and force_resume:
             raise ConfigError("--overwrite starts anew and --force-resume goes on: give one of them")
         from pipemax.config import EngineConfig
+        from pipemax.executor.stage_handle import start_server
         from pipemax.io.progress import ProgressStyle
         from pipemax.io.sampling_defaults import flag_sampling_defaults, model_sampling_defaults
         from pipemax.job_watch import JobWatch
@@ -339,6 +340,7 @@ def run_batch(
                 from pipemax.replicas import Replicas
 
                 return Replicas(**engine, max_restarts=max_restarts)
+            start_server()
             from pipemax.llm import LLM
 
             llm = LLM(**engine)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pipemax.config import ConfigError
 from pipemax.executor.base import ExecutorError
+from pipemax.executor.stage_handle import start_server
 from pipemax.observer import EngineGauges
 from pipemax.plan import StepPlan, StepResult
 from pipemax.replica_messages import (
@@ -81,6 +82,7 @@ def _run(settings: ReplicaSettings, pipe: Connection) -> NoReturn:
     # Whoever started this may be killed while the stages load: the reader is there from the start.
     inbox = _Inbox(pipe, outbox)
     inbox.start()
+    start_server()
     from pipemax.llm import LLM
 
     llm = LLM(**settings.settings)

@@ -44,7 +44,10 @@ class StageHandle:
 
 
 def start_server() -> None:
-    """Starts the fork server, unless it runs."""
+    """Starts the fork server, unless it runs.
+
+    It imports the heavy modules on its own. Who is about to import them too had better start it before.
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     added = {name: value for name, value in _SERVER_ENVIRONMENT.items() if name not in os.environ}
     # Always its own: this process may itself come from a fork server.

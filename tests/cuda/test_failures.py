@@ -27,6 +27,7 @@ from pipemax.executor import process as process_module
 from pipemax.executor.base import ExecutorError
 from pipemax.executor.stage_group import StageGroup
 from pipemax.plan import Phase, StepPlan
+from pipemax.worker.transport import MEDIUM_VARIABLE, LinkMedium
 from tests.cuda.test_tokens import devices
 from tests.executor.test_process import descendants, stage_processes
 
@@ -248,6 +249,7 @@ def assert_explained_and_gone(kill: Kill, error: ExecutorError, traces: Traces) 
     [
         ("one gpu", "loading weights"),
         ("a gpu each", "connecting to the other stages"),
+        ("a gpu each", "measuring the links"),
         ("a gpu each", "loading weights"),
     ],
 )
@@ -266,9 +268,13 @@ def test_a_stage_killed_while_it_starts(
 
 @pytest.mark.parametrize("where", ["one gpu", "a gpu each"])
 @pytest.mark.parametrize("when", KINDS)
-def test_a_stage_killed_at_work(where: str, when: str, model: Path, device: torch.device) -> None:
+def test_a_stage_killed_at_work(
+    where: str, when: str, model: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prefill of 4,000 tokens a request; decode with all fast paths; blocks on their way while the device is small."""
     stage_devices = devices(2, where)
+    if where == "a gpu each":
+        monkeypatch.setenv(MEDIUM_VARIABLE, LinkMedium.NCCL)
     traces = Traces(stage_devices)
     kill = Kill(traces)
     memory = TIGHT if when == "transfer" else {}
