@@ -113,4 +113,5 @@ if __name__ == "__main__":
     stand_in = types.ModuleType("pipemax.llm")
     stand_in.LLM = EchoEngine
     sys.modules["pipemax.llm"] = stand_in
+    replica_process.start_server = lambda: None  # there are no stages for it to serve
     replica_process.main()
