@@ -68,14 +68,14 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def upload_into(destination: Tensor, array: NDArray[Any]) -> None:
-    """Overwrites an int32 tensor on a GPU with an array of its size, at most a few megabytes, in stream order."""
+    """Overwrites an int32 tensor on a GPU with an array of its size, in stream order."""
     assert destination.dtype == torch.int32 and destination.is_contiguous() and array.dtype == np.int32
-    if upload_method() is UploadMethod.ENGINE:
-        destination.copy_(torch.from_numpy(np.ascontiguousarray(array)).pin_memory(), non_blocking=True)
-        return
-    words = _ring(destination.device).write(np.ascontiguousarray(array))
-    assert words is not None, "the array is too large to be uploaded by a kernel"
-    torch.bitwise_or(words[: array.size], 0, out=destination.view(-1))
+    array = np.ascontiguousarray(array)
+    words = _ring(destination.device).write(array) if upload_method() is UploadMethod.KERNEL else None
+    if words is None:
+        destination.copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
+    else:
+        torch.bitwise_or(words[: array.size], 0, out=destination.view(-1))
 
 
 def copy_by_kernel(destination: Tensor, source: Tensor) -> None:
