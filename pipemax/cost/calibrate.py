@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from functools import partial
 from statistics import median
+
+import numpy as np
 
 from pipemax.cost.load import StageShape, StepLoad
 from pipemax.cost.model import CostModel
@@ -65,11 +68,11 @@ class CalibratedCostModel:
     ) -> None:
         assert 1 <= min_steps <= window_steps and max_factor >= 1
         self._model = model
-        self._settings = {"window_steps": window_steps, "min_steps": min_steps, "max_factor": max_factor}
+        self._new_factor = partial(_Factor, window_steps=window_steps, min_steps=min_steps, max_factor=max_factor)
         self._decode = self._new_factor()
         self._decode_size = 0.0
         self._factor_of_size: dict[int, _Factor] = {}
-        self._curve: list[tuple[float, float]] | None = []
+        self._curve: tuple[list[float], list[float]] | None = None
 
     def step_seconds(self, load: StepLoad, stage: StageShape) -> float:
         """See `CostModel`."""
@@ -95,30 +98,17 @@ class CalibratedCostModel:
 
     def prompt_factor(self, num_tokens: int) -> float:
         """Of a step with prompt tokens and that many tokens in all."""
-        curve = self._curve if self._curve is not None else self._new_curve()
-        if not curve or num_tokens < 1:
-            return 1.0
-        size = _size(num_tokens)
-        before = curve[0]
-        for point in curve:
-            if size <= point[0]:
-                width = point[0] - before[0]
-                share = (size - before[0]) / width if width > 0 else 1.0
-                return before[1] + share * (point[1] - before[1]) if size > before[0] else before[1]
-            before = point
-        return before[1]
+        sizes, factors = self._curve or self._new_curve()
+        return float(np.interp(_size(num_tokens), sizes, factors)) if sizes else 1.0
 
-    def _new_curve(self) -> list[tuple[float, float]]:
-        """(size, factor), by size."""
-        curve = [(float(size), factor.value) for size, factor in self._factor_of_size.items() if factor.is_known]
-        curve.sort()
-        if curve and self._decode.is_known and self._decode_size < curve[0][0]:
-            curve.insert(0, (self._decode_size, self._decode.value))
-        self._curve = curve
-        return curve
-
-    def _new_factor(self) -> _Factor:
-        return _Factor(**self._settings)  # type: ignore[arg-type]
+    def _new_curve(self) -> tuple[list[float], list[float]]:
+        """Sizes, ascending, and their factors."""
+        points = [(float(size), factor.value) for size, factor in self._factor_of_size.items() if factor.is_known]
+        points.sort()
+        if points and self._decode.is_known and self._decode_size < points[0][0]:
+            points.insert(0, (self._decode_size, self._decode.value))
+        self._curve = [size for size, _ in points], [factor for _, factor in points]
+        return self._curve
 
 
 def _size(num_tokens: int) -> float:
