@@ -31,6 +31,7 @@ from pipemax.plan import Capacity
 from pipemax.report.row_log import RowLog
 from pipemax.request import GenerationError, RequestOutput
 from pipemax.reruns import Reruns
+from pipemax.settled_heap import settled_heap
 
 if TYPE_CHECKING:
     from pipemax.llm import EngineStats, GenerationRequest
@@ -107,12 +108,13 @@ class BatchJob:
 
     def run(self) -> None:
         self._interrupts.rows_are_in_flight()
-        while not self._interrupts.requested and self._take_rows():
-            try:
-                self._run_together()
-            except ExecutorError as error:
-                with self._watch.pause():
-                    self._start_again(error)
+        with settled_heap():
+            while not self._interrupts.requested and self._take_rows():
+                try:
+                    self._run_together()
+                except ExecutorError as error:
+                    with self._watch.pause():
+                        self._start_again(error)
         if not self._interrupts.requested:
             self._write_condemned(at_end=True)
 

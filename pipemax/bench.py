@@ -31,6 +31,7 @@ from pipemax.report.html_report import JobOutcome
 from pipemax.report.job_record import JobRecord, RecordWishes
 from pipemax.request import SamplingParams
 from pipemax.scheduling.request_state import RequestState, RequestUpdate
+from pipemax.settled_heap import settled_heap
 from pipemax.target import check_target, is_same_file
 from pipemax.throughput_log import ThroughputLog
 
@@ -147,7 +148,8 @@ def measure_throughput(
     started_seconds = time.monotonic()
     drive = _Drive(llm, requests, lengths)
     try:
-        drive.run()
+        with settled_heap():
+            drive.run()
     except KeyboardInterrupt:
         pass  # half an hour of measuring is not lost for the minute that was too much
     finally:

@@ -39,6 +39,7 @@ from pipemax.replica_messages import (
 from pipemax.request import RequestOutput
 from pipemax.request_feed import FeedAbandoned, RequestFeed
 from pipemax.scheduling.request_state import RequestUpdate
+from pipemax.settled_heap import settled_heap
 from pipemax.text_generator import GenerationRequest
 
 if TYPE_CHECKING:
@@ -96,9 +97,10 @@ def _run(settings: ReplicaSettings, pipe: Connection) -> NoReturn:
             vocab_size=llm.vocab_size,
         )
     )
-    while True:
-        _answer(inbox.next_feed(), llm, outbox)
-        outbox.drop_done()
+    with settled_heap():
+        while True:
+            _answer(inbox.next_feed(), llm, outbox)
+            outbox.drop_done()
 
 
 def _answer(feed: RequestFeed, llm: LLM, outbox: _Outbox) -> None:

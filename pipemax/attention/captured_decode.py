@@ -77,6 +77,7 @@ class CapturedDecodeAttention:
             paged_kv_indices_buf=self._unread.kv_indices,
             paged_kv_last_page_len_buf=self._unread.last_page_lens,
         )
+        self._unread.give_to(self._wrapper)  # in place of a workspace of its own: there is a wrapper for each size
 
     def plan(self, rows: RowLayout) -> None:
         """`rows` are decode rows, at most the captured number of them."""

@@ -1,7 +1,11 @@
 """Paged attention by FlashInfer on CUDA: prefill, decode and mixed rows through one paged prefill kernel (fa2).
 
     plan(rows)      layout to the device, without a wait
-    run, layer l    the library's plan for (sliding window, soft cap, scaling), if this step has none; then its kernel
+    run, layer l    the library's plans for (sliding window, soft cap, scaling), if this step has none; then its kernels
+
+Decode rows and chunks of a mixed step are planned, and run, apart: the library chooses one tile of queries for all rows
+of a plan, and what suits a chunk makes a decode row compute eight times what it needs. With
+PIPEMAX_MIXED_ATTENTION=together in the environment they are not, to be compared.
 
 A kernel variant that FlashInfer cannot load here (no compiler, or not for this head size, window or soft cap), and
 attention sinks, are served by the torch reference for those layers, and only those.
@@ -14,8 +18,12 @@ Shape letters as in `base`.
 
 from __future__ import annotations
 
+import enum
+import functools
 import importlib.util
+import itertools
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +32,41 @@ import torch
 from torch import Tensor
 
 from pipemax.attention.base import LayerAttention, RowLayout
-from pipemax.attention.flashinfer_plan import KERNEL, KernelInputs, Planner, make_maximum_fast, pinned_ints
+from pipemax.attention.flashinfer_plan import (
+    KERNEL,
+    KernelInputs,
+    Planner,
+    SplitWorkspace,
+    make_maximum_fast,
+    pinned_ints,
+)
 from pipemax.attention.reference import ReferenceAttention
+from pipemax.config import ConfigError
+from pipemax.plan import Int32Array
 from pipemax.worker.upload import upload
 
-_FLOAT_WORKSPACE_BYTES = 256 * 1024**2
+# At least that much: enough for captured steps of models with few heads.
+_LEAST_FLOAT_WORKSPACE_BYTES = 128 * 1024**2
+
+MIXED_VARIABLE = "PIPEMAX_MIXED_ATTENTION"
 
 _logger = logging.getLogger(__name__)
+
+
+class MixedAttention(enum.StrEnum):
+    """See the module."""
+
+    APART = "apart"
+    TOGETHER = "together"
+
+
+@functools.cache
+def mixed_attention() -> MixedAttention:
+    """What the environment says, for good. Raises ConfigError for a value that is none."""
+    wanted = os.environ.get(MIXED_VARIABLE, MixedAttention.APART)
+    if wanted not in list(MixedAttention):
+        raise ConfigError(f"{MIXED_VARIABLE} must be apart or together, got {wanted!r}")
+    return MixedAttention(wanted)
 
 
 def is_available() -> bool:
@@ -48,12 +84,11 @@ class _Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class _DeviceRows:
-    """The layout as the library wants it: int32, on the host (pinned) what it plans with, on the device what it reads.
+class _Group:
+    """Rows in a row that are planned together: int32, on the host (pinned) what the library plans with, on the device
+    what its kernels read. `tokens`: the step's new tokens that are theirs."""
 
-    batch_indices, positions   [T] row and place of each new token
-    """
-
+    tokens: slice
     qo_indptr_host: Tensor
     kv_indptr_host: Tensor
     last_page_lens_host: Tensor
@@ -61,9 +96,22 @@ class _DeviceRows:
     kv_indptr: Tensor
     last_page_lens: Tensor
     kv_indices: Tensor
+    most_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _DeviceRows:
+    """The layout of all rows as the library wants it, int32 on the device, and the groups they are planned in.
+
+    batch_indices, positions   [T] row and place of each new token
+    """
+
+    kv_indptr: Tensor
+    last_page_lens: Tensor
+    kv_indices: Tensor
     batch_indices: Tensor
     positions: Tensor
-    most_new_tokens: int
+    groups: tuple[_Group, ...]
 
 
 class FlashInferAttention:
@@ -82,16 +130,28 @@ class FlashInferAttention:
         self._num_heads = num_heads
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
-        self.float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.split_workspace = SplitWorkspace(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
+        )
+        workspace_bytes = max(_LEAST_FLOAT_WORKSPACE_BYTES, self.split_workspace.any_rows_bytes)
+        self.float_workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
         self.planner = Planner(device)
-        self._wrappers: dict[_Variant, Any] = {}
-        self._int_workspaces: dict[_Variant, Tensor] = {}
+        # For each group of a step, as `_planned` has them.
+        self._wrappers: dict[tuple[_Variant, int], Any] = {}
+        self._int_workspaces: dict[tuple[_Variant, int], Tensor] = {}
         self._kernel_loads: dict[tuple[bool, bool], bool] = {}
         self._reference = ReferenceAttention(device)
         self._reference_is_planned = False
         self._rows: RowLayout | None = None
         self._device_rows: _DeviceRows | None = None
-        self._planned: dict[_Variant, Any] = {}
+        self._planned: dict[_Variant, list[Any]] = {}
+
+    def captures(self, num_rows: int) -> bool:
+        """Whether the workspace is large enough for captured steps of that many decode rows."""
+        return self.split_workspace.captured_bytes(num_rows) <= self.float_workspace.numel()
 
     def plan(self, rows: RowLayout) -> None:
         self._rows = rows
@@ -119,12 +179,16 @@ class FlashInferAttention:
             return self._run_reference(query_THD, kv_pool, layer, out_THD)
         window_left = -1 if layer.sliding_window is None else layer.sliding_window - 1
         variant = _Variant(window_left, layer.soft_cap or 0.0, layer.scaling)
-        wrapper = self._planned.get(variant)
-        if wrapper is None:
-            wrapper = self._planned[variant] = self._plan(variant)
+        rows = self._device_rows
+        assert rows is not None
+        wrappers = self._planned.get(variant)
+        if wrappers is None:
+            wrappers = [self._plan(variant, index, group) for index, group in enumerate(rows.groups)]
+            self._planned[variant] = wrappers
         if out_THD is None:
             out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype, device=query_THD.device)
-        wrapper.run(query_THD, kv_pool, out=out_THD)
+        for wrapper, group in zip(wrappers, rows.groups, strict=True):
+            wrapper.run(query_THD[group.tokens], kv_pool, out=out_THD[group.tokens])
         return out_THD
 
     def _run_reference(
@@ -161,14 +225,15 @@ class FlashInferAttention:
                 self._kernel_loads[kind] = True
         return self._kernel_loads[kind]
 
-    def _plan(self, variant: _Variant) -> Any:
-        rows, layout = self._device_rows, self._rows
-        assert rows is not None and layout is not None
-        if variant not in self._wrappers:
+    def _plan(self, variant: _Variant, index: int, rows: _Group) -> Any:
+        layout = self._rows
+        assert layout is not None
+        key = (variant, index)
+        if key not in self._wrappers:
             wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self.float_workspace, "NHD", backend=KERNEL)
-            self._wrappers[variant] = wrapper
-            self._int_workspaces[variant] = wrapper._int_workspace_buffer
-        wrapper = self._wrappers[variant]
+            self._wrappers[key] = wrapper
+            self._int_workspaces[key] = wrapper._int_workspace_buffer
+        wrapper = self._wrappers[key]
         self.planner.plan(
             wrapper,
             rows.qo_indptr_host,
@@ -187,7 +252,7 @@ class FlashInferAttention:
             kv_data_type=self._dtype,
             max_token_per_sequence=rows.most_new_tokens,
             read=KernelInputs(
-                int_workspace=self._int_workspaces[variant],
+                int_workspace=self._int_workspaces[key],
                 qo_indptr=rows.qo_indptr,
                 kv_indptr=rows.kv_indptr,
                 kv_indices=rows.kv_indices,
@@ -195,6 +260,16 @@ class FlashInferAttention:
             ),
         )
         return wrapper
+
+
+def _group_ends(new_tokens: Int32Array) -> list[int]:
+    """Where groups of rows begin and end: decode rows, which come first, and the others; or all of them together."""
+    num_rows = len(new_tokens)
+    is_chunk = new_tokens > 1
+    num_decode = int(is_chunk.argmax()) if is_chunk.any() else num_rows
+    if num_decode in (0, num_rows) or mixed_attention() is MixedAttention.TOGETHER:
+        return [0, num_rows]
+    return [0, num_decode, num_rows]
 
 
 def _to_device(rows: RowLayout, device: torch.device) -> _DeviceRows:
@@ -207,26 +282,37 @@ def _to_device(rows: RowLayout, device: torch.device) -> _DeviceRows:
     batch_indices = np.repeat(np.arange(num_rows, dtype=np.int32), new_tokens)
     shift = np.repeat(rows.kv_lens - new_tokens - rows.qo_indptr[:-1], new_tokens)
     positions = np.arange(num_tokens, dtype=np.int32) + shift.astype(np.int32)
+    ends = _group_ends(new_tokens)
+    spans = [slice(first, last + 1) for first, last in itertools.pairwise(ends)]
+    indptrs = [array[span] - array[span.start] for span in spans for array in (rows.qo_indptr, rows.kv_indptr)]
     # One copy for all of them.
-    packed = upload(
-        np.concatenate(
-            [rows.qo_indptr, rows.kv_indptr, last_page_lens, rows.kv_indices, batch_indices, positions]
-        ).astype(np.int32),
-        device,
+    arrays = [rows.kv_indptr, last_page_lens, rows.kv_indices, batch_indices, positions, *indptrs]
+    packed = upload(np.concatenate(arrays).astype(np.int32), device)
+    kv_indptr, device_last_page_lens, kv_indices, device_batch_indices, device_positions, *device_indptrs = (
+        packed.tensor_split(np.cumsum([len(array) for array in arrays[:-1]]).tolist())
     )
-    ends = np.cumsum([num_rows + 1, num_rows + 1, num_rows, len(rows.kv_indices), num_tokens]).tolist()
-    qo_indptr, kv_indptr, device_last_page_lens, kv_indices, device_batch_indices, device_positions = (
-        packed.tensor_split(ends)
-    )
+    groups = []
+    for number, (first, last) in enumerate(itertools.pairwise(ends)):
+        tokens = slice(int(rows.qo_indptr[first]), int(rows.qo_indptr[last]))
+        pages = slice(int(rows.kv_indptr[first]), int(rows.kv_indptr[last]))
+        groups.append(
+            _Group(
+                tokens=tokens,
+                qo_indptr_host=pinned_ints(indptrs[2 * number]),
+                kv_indptr_host=pinned_ints(indptrs[2 * number + 1]),
+                last_page_lens_host=pinned_ints(last_page_lens[first:last]),
+                qo_indptr=device_indptrs[2 * number],
+                kv_indptr=device_indptrs[2 * number + 1],
+                last_page_lens=device_last_page_lens[first:last],
+                kv_indices=kv_indices[pages],
+                most_new_tokens=int(new_tokens[first:last].max()),
+            )
+        )
     return _DeviceRows(
-        qo_indptr_host=pinned_ints(rows.qo_indptr),
-        kv_indptr_host=pinned_ints(rows.kv_indptr),
-        last_page_lens_host=pinned_ints(last_page_lens),
-        qo_indptr=qo_indptr,
         kv_indptr=kv_indptr,
         last_page_lens=device_last_page_lens,
         kv_indices=kv_indices,
         batch_indices=device_batch_indices,
         positions=device_positions,
-        most_new_tokens=int(new_tokens.max()),
+        groups=tuple(groups),
     )

@@ -25,10 +25,14 @@ from pipemax.worker.upload import copy_by_kernel, mapped
 
 KERNEL = "fa2"
 INT_WORKSPACE_BYTES = 8 * 1024**2
-# Plans that may be under way at once; more steps than this are never issued ahead of the device.
-_NUM_TURNS = 4
+# Of the library's planner: blocks on a multiprocessor, for rows whose keys are split among several.
+_BLOCKS_PER_MULTIPROCESSOR = 2
+# Plans that may be under way at once; more steps than half of this, of two plans each, are never issued ahead.
+_NUM_TURNS = 8
 # A plan of some hundred rows is a few kilobytes of int32; a larger one is noticed, and copied whole.
 _PLAN_WORDS = 32 * 1024
+_ALIGNMENT_BYTES = 16
+_LONG_ROW = 128
 _UNTOUCHED = 0x5A5A5A5A
 _UNTOUCHED_WORDS = 64
 
@@ -49,6 +53,48 @@ class KernelInputs:
         wrapper._paged_kv_indptr_buf = self.kv_indptr
         wrapper._paged_kv_indices_buf = self.kv_indices
         wrapper._paged_kv_last_page_len_buf = self.last_page_lens
+
+
+@dataclass(frozen=True, slots=True)
+class SplitWorkspace:
+    """Bytes of float workspace that the library's plans may ask for: where keys of one row are split, partial results.
+
+    It keeps one for each query head and tile of queries, in float32 with the sum of their weights, whether the tile is
+    full or not.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_multiprocessors: int
+
+    @property
+    def any_rows_bytes(self) -> int:
+        """For any rows, planned outside graphs: keys are split into as many tiles as run at once, or not at all."""
+        return self._bytes(self._tiles_at_once, tile=self._tile(_LONG_ROW))
+
+    def captured_bytes(self, num_rows: int) -> int:
+        """For that many decode rows in a graph: whatever their keys will be, so there are tiles for all."""
+        tile = self._tile(self._group)
+        num_tiles = -(-num_rows * self._group // tile) + num_rows - 1
+        return self._bytes(max(self._tiles_at_once, num_tiles), tile=tile)
+
+    @property
+    def _group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def _tiles_at_once(self) -> int:
+        return _BLOCKS_PER_MULTIPROCESSOR * self.num_multiprocessors // self.num_kv_heads
+
+    def _tile(self, num_packed: int) -> int:
+        """Queries in a tile, for rows of that many queries times heads in a group."""
+        if num_packed > 64 and self.head_dim < 256:
+            return 128
+        return 64 if num_packed > 16 else 16
+
+    def _bytes(self, num_tiles: int, *, tile: int) -> int:
+        return self.num_heads * num_tiles * tile * (self.head_dim + 1) * 4 + 2 * _ALIGNMENT_BYTES
 
 
 class _Turn:

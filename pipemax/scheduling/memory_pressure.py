@@ -78,13 +78,18 @@ class MemoryPressure:
     def prompt_reserve(self, chunk_tokens: int) -> int:
         """Slots that prompts will want while they are prefilled by chunks of that many tokens: joiners leave them free.
 
-        One chunk being computed and one on its way home; and what the prompt that is half-way has yet to get: its rest,
-        and what it had to give up.
+        One chunk being computed and one on its way home, as far as so much waits; and what the prompt that is half-way
+        has yet to get: its rest, and what it had to give up.
         """
         waiting = self._population.waiting
         if not chunk_tokens or not waiting:
             return 0
-        reserve = 2 * self._kv.blocks_for(chunk_tokens)
+        tokens = 0
+        for request in waiting:
+            tokens = min(2 * chunk_tokens, tokens + request.num_pending)
+            if tokens == 2 * chunk_tokens:
+                break
+        reserve = self._kv.blocks_for(tokens)
         if waiting[0].request_id in self._holders:
             table = self._kv.tables[waiting[0].request_id]
             reserve += self._kv.blocks_for(waiting[0].num_tokens) - table.num_blocks + table.num_absent

@@ -109,9 +109,10 @@ class Mixed:
             return _DECODE
         chunk = max(0, self._forecast.free_tokens - round(view.mean_rows))
         chunk = max(chunk, round((1 - view.full_share) * self._max_num_batched_tokens))
-        if not chunk:
-            return _DECODE
         rows, kv_tokens = max(1, round(view.mean_rows)), round(view.mean_kv_tokens)
+        chunk = min(chunk, self._max_num_batched_tokens - rows)
+        if chunk <= 0:
+            return _DECODE
         before = round(view.mean_prompt) // 2
         load = StepLoad.of_decode(num_rows=rows, kv_tokens=kv_tokens).plus_chunk(num_computed=before, num_new=chunk)
         return PhaseChoice(

@@ -11,7 +11,7 @@ the pools are there. Never here: what a layer computes (`llama_layers.py`), what
 
 from __future__ import annotations
 
-import bisect
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,11 +20,19 @@ from pipemax.attention.base import RowLayout
 from pipemax.attention.captured_decode import CapturedBuffers, CapturedDecodeAttention
 from pipemax.attention.flashinfer import FlashInferAttention
 from pipemax.worker.attention_hook import LayerFences, LayerPools
+from pipemax.worker.graph_sizes import QuickestSizes, graph_sizes, replay_seconds
 from pipemax.worker.llama_layers import LlamaLayers
-from pipemax.worker.piece_graphs import graph_sizes
 from pipemax.worker.stage_model import StageSlice
 from pipemax.worker.transfer import GPU_LAYERS_PER_COPY, layers_sharing_copies
 from pipemax.worker.upload import copy_by_kernel
+
+
+@dataclass(frozen=True, slots=True)
+class _CapturedStep:
+    """A graph for each group of layers that share their copies, and the attention in them, which is planned anew."""
+
+    attention: CapturedDecodeAttention
+    graphs: list[torch.cuda.CUDAGraph]
 
 
 class DecodeGraphs:
@@ -45,63 +53,63 @@ class DecodeGraphs:
 
         `scratch_slot` is a device slot that belongs to no request; slots below it do.
         """
-        attention = layers.common_attention
-        assert attention is not None
+        common_attention = layers.common_attention
+        assert common_attention is not None
         self._layers = layers
         self._stage = stage
         self._pools = pools
         self._sharing = layers_sharing_copies(stage.layers, GPU_LAYERS_PER_COPY)
-        self._sizes = graph_sizes(max_rows)
-        self._buffers = layers.buffers(self._sizes[-1])
-        most_rows = self._sizes[-1]
-        buffers = CapturedBuffers(backend, most_rows=most_rows, most_pages=scratch_slot + most_rows)
-        self._backends = {
-            size: CapturedDecodeAttention(
+        sizes = graph_sizes(max_rows)
+        self._buffers = layers.buffers(sizes[-1])
+        buffers = CapturedBuffers(backend, most_rows=sizes[-1], most_pages=scratch_slot + sizes[-1])
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+        def capture(size: int) -> _CapturedStep:
+            attention = CapturedDecodeAttention(
                 num_rows=size,
                 scratch_slot=scratch_slot,
                 block_size=block_size,
-                layer=attention,
+                layer=common_attention,
                 dtype=layers.dtype,
                 buffers=buffers,
                 **layers.heads,
             )
-            for size in self._sizes
-        }
-        self._graphs_of: dict[int, list[torch.cuda.CUDAGraph]] = {}
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            attention.plan(_idle_rows(block_size))
+            for sharing in self._sharing:
+                self._run(size, sharing, attention)  # libraries choose and load their kernels now: not to be captured
+            stream.synchronize()
+            graphs = []
+            for sharing in self._sharing:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                self._run(size, sharing, attention)
+                graph.capture_end()
+                graphs.append(graph)
+            return _CapturedStep(attention, graphs)
+
         torch.cuda.synchronize()
         with torch.inference_mode(), torch.cuda.stream(stream):
-            for size in reversed(self._sizes):
-                self._backends[size].plan(_idle_rows(block_size))
-                self._run_all(size)  # libraries choose and load their kernels now, which cannot be captured
-                stream.synchronize()
-                self._graphs_of[size] = []
-                for sharing in self._sharing:
-                    graph = torch.cuda.CUDAGraph()
-                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                    self._run(size, sharing)
-                    graph.capture_end()
-                    self._graphs_of[size].append(graph)
+            self._steps = QuickestSizes(sizes, capture=capture, seconds=lambda step: replay_seconds(step.graphs[:1]))
         torch.cuda.synchronize()
 
     @property
     def num_graphs(self) -> int:
-        return sum(len(graphs) for graphs in self._graphs_of.values())
+        return sum(len(step.graphs) for step in self._steps.all())
 
     def serves(self, rows: RowLayout) -> bool:
         num_rows = len(rows.kv_lens)
-        return num_rows <= self._sizes[-1] and int(rows.qo_indptr[-1]) == num_rows
+        return num_rows <= self._steps.largest and int(rows.qo_indptr[-1]) == num_rows
 
     def forward(self, input_: Tensor, positions_T: Tensor, rows: RowLayout, fences: LayerFences) -> Tensor:
         """Hidden states [T, H] of a step that it `serves`; overwritten by the next call."""
         num_rows = len(rows.kv_lens)
-        size = self._sizes[bisect.bisect_left(self._sizes, num_rows)]
+        step = self._steps.serving(num_rows)
         buffers = self._buffers.first(num_rows)
         copy_by_kernel(buffers.input, input_)
         copy_by_kernel(buffers.positions, positions_T)
-        self._backends[size].plan(rows)
-        for sharing, graph in zip(self._sharing, self._graphs_of[size], strict=True):
+        step.attention.plan(rows)
+        for sharing, graph in zip(self._sharing, step.graphs, strict=True):
             fences.enter(sharing.start)
             graph.replay()
             fences.leave(sharing.start)
@@ -110,18 +118,14 @@ class DecodeGraphs:
                 fences.leave(layer)
         return buffers.output
 
-    def _run_all(self, size: int) -> None:
-        for sharing in self._sharing:
-            self._run(size, sharing)
-
-    def _run(self, size: int, sharing: range) -> None:
-        buffers, backend = self._buffers.first(size), self._backends[size]
+    def _run(self, size: int, sharing: range, attention: CapturedDecodeAttention) -> None:
+        buffers = self._buffers.first(size)
         enter, *between = self._layers.pieces
         if sharing.start == self._stage.layers.start:
             enter(buffers)
         for index in sharing:
             layer = index - self._stage.layers.start
-            self._layers.attend_unfenced(layer, buffers, backend, self._pools.device_pool(index))
+            self._layers.attend_unfenced(layer, buffers, attention, self._pools.device_pool(index))
             between[layer](buffers)
 
 

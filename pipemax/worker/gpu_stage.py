@@ -29,7 +29,7 @@ from pipemax.worker.transport import MAX_UNFINISHED_SENDS
 # For what the warm-up does not show: memory that falls between pieces of other sizes, workspaces of further attention
 # variants; and decode graphs, captured when KV is in place (measured: 4.3 MiB a layer).
 _MARGIN_BYTES = 256 * 1024**2
-_MARGIN_BYTES_A_LAYER = 5 * 1024**2
+_MARGIN_BYTES_A_LAYER = 2 * 1024**2
 # Steps of more rows take longer than to issue them layer by layer, and attention outside graphs is a little faster.
 _MOST_CAPTURED_ROWS = 256
 
@@ -83,6 +83,9 @@ def capture_decode(
         return None
     if layers.common_attention is None or not backend.serves(layers.common_attention):
         return None
+    max_rows = min(max_num_seqs, _MOST_CAPTURED_ROWS)
+    while not backend.captures(max_rows):
+        max_rows -= 1
     return DecodeGraphs(
         layers,
         stage=model.stage,
@@ -90,7 +93,7 @@ def capture_decode(
         pools=pools,
         scratch_slot=scratch_slot,
         block_size=block_size,
-        max_rows=min(max_num_seqs, _MOST_CAPTURED_ROWS),
+        max_rows=max_rows,
     )
 
 

@@ -10,22 +10,18 @@ All graphs share one set of buffers and one memory pool: they run one after anot
 
 from __future__ import annotations
 
-import bisect
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipemax.worker.attention_hook import StepContext
+from pipemax.worker.graph_sizes import QuickestSizes, graph_sizes, replay_seconds
 from pipemax.worker.llama_layers import LlamaLayers
 from pipemax.worker.upload import copy_by_kernel
 
-
-def graph_sizes(max_tokens: int) -> list[int]:
-    """Numbers of tokens that are captured, up to 1,024: steps of an eighth to a half, since idle rows cost little."""
-    sizes = [1, 2, 4, 8, 16, 24, 32, 48, *range(64, 128, 16), *range(128, 256, 32), *range(256, 512, 64)]
-    sizes += range(512, 1025, 128)
-    return [*(size for size in sizes if size < max_tokens), min(max_tokens, sizes[-1])]
+# Layers that are timed to tell sizes apart: their weights must not fit the GPU's cache together.
+_TIMED_LAYERS = 4
 
 
 class PieceGraphs:
@@ -33,26 +29,27 @@ class PieceGraphs:
 
     def __init__(self, layers: LlamaLayers, *, max_tokens: int) -> None:
         self._layers = layers
-        self._sizes = graph_sizes(max_tokens)
-        self._buffers = layers.buffers(self._sizes[-1])
+        sizes = graph_sizes(max_tokens)
+        self._buffers = layers.buffers(sizes[-1])
         self._buffers.attended.zero_()
-        self._graphs_of: dict[int, list[torch.cuda.CUDAGraph]] = {}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         with torch.inference_mode(), torch.cuda.stream(stream):
-            # The largest first: the smaller ones then find their memory in the pool.
-            for size in reversed(self._sizes):
-                self._graphs_of[size] = self._capture(size, pool, stream)
+            self._graphs = QuickestSizes(
+                sizes,
+                capture=lambda size: self._capture(size, pool, stream),
+                seconds=lambda graphs: replay_seconds(graphs[1 : 1 + _TIMED_LAYERS]),
+            )
         torch.cuda.synchronize()
 
     @property
     def max_tokens(self) -> int:
-        return self._sizes[-1]
+        return self._graphs.largest
 
     @property
     def num_graphs(self) -> int:
-        return sum(len(graphs) for graphs in self._graphs_of.values())
+        return sum(map(len, self._graphs.all()))
 
     def forward(self, input_: Tensor, positions_T: Tensor, step_context: StepContext) -> Tensor:
         """As `LlamaLayers.forward`. The result is overwritten by the next call."""
@@ -60,7 +57,7 @@ class PieceGraphs:
         buffers = self._buffers.first(num_tokens)
         copy_by_kernel(buffers.input, input_)
         copy_by_kernel(buffers.positions, positions_T)
-        first, *others = self._graphs_of[self._sizes[bisect.bisect_left(self._sizes, num_tokens)]]
+        first, *others = self._graphs.serving(num_tokens)
         first.replay()
         for layer, graph in enumerate(others):
             self._layers.attend(layer, buffers, step_context)

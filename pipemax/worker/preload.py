@@ -7,6 +7,7 @@ broken ones.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 
@@ -15,6 +16,9 @@ import transformers.models.auto.modeling_auto  # noqa: F401  (its import takes s
 import pipemax.worker.stage_process  # noqa: F401
 from pipemax.executor.temporary_folder import remove_if_orphaned
 
+# Stages share these objects' memory with the server, and none of their collections looks at them (`settled_heap.py`).
+gc.collect()
+gc.freeze()
 # Batch systems send SIGTERM to all processes of a job; how it ends is up to the control plane. Stages inherit this.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 # The server ends when its parent is gone. Taking all these modules apart would keep it another second or two.

@@ -34,6 +34,7 @@ from pipemax.cuda_options import CudaOptions
 from pipemax.kv.geometry import KVGeometry
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import StepPlan
+from pipemax.settled_heap import settled_heap
 from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.device import Device, open_device, set_threads
 from pipemax.worker.kv_store import KVStore
@@ -222,10 +223,11 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
         decode_graphs=decode_graphs,
     )
     reports.send(StageReady(start_up.end()))
-    if device.torch_device.type == "cpu":
-        _run_plans(worker, inbox, lambda step: reports.send(step.report()), pulse)
-    else:
-        _run_plans(worker, inbox, _start_reporter(reports), pulse)
+    with settled_heap():
+        if device.torch_device.type == "cpu":
+            _run_plans(worker, inbox, lambda step: reports.send(step.report()), pulse)
+        else:
+            _run_plans(worker, inbox, _start_reporter(reports), pulse)
 
 
 def _connect(settings: StageSettings, device: torch.device, start_up: StartUp) -> StageLinks:

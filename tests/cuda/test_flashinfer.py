@@ -8,6 +8,7 @@ import torch
 
 from pipemax.attention import flashinfer
 from pipemax.attention.base import LayerAttention, RowLayout
+from pipemax.attention.captured_decode import CapturedBuffers, CapturedDecodeAttention
 from pipemax.attention.reference import ReferenceAttention
 
 pytestmark = pytest.mark.skipif(not flashinfer.is_available(), reason="FlashInfer is not installed")
@@ -93,3 +94,57 @@ def test_layers_that_ask_for_more_are_right_too(device, layer):
     # And the ordinary layer beside it, in the same step.
     plain = LayerAttention(scaling=0.1)
     assert relative_error(ours.run(query, pool, plain), reference.run(query.float(), pool.float(), plain)) < 6e-3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(64, 8), (28, 4), (16, 1)])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(6000, 1)],
+        [(5000, 200)],
+        [(3000, 130), (0, 300), (2000, 70)],
+        [(length, 1) for length in range(100, 6000, 200)],
+        [(0, 900), *((length, 1) for length in range(10, 3000, 50))],
+    ],
+    ids=["long row", "late chunk", "chunks", "decode", "mixed"],
+)
+def test_plans_fit_the_least_workspace(device, monkeypatch, heads, kv_heads, rows):
+    """Of exactly the size that is worked out for the heads: the library says so if a plan wants more."""
+    monkeypatch.setattr(flashinfer, "_LEAST_FLOAT_WORKSPACE_BYTES", 0)
+    torch.manual_seed(3)
+    ours, reference = backend(device, heads, kv_heads, 128), ReferenceAttention(device)
+    assert ours.float_workspace.numel() == ours.split_workspace.any_rows_bytes
+    layout_of_rows, num_slots = layout(rows, 16, 0)
+    pool = torch.randn(num_slots, 2, 16, kv_heads, 128, device=device).to(torch.bfloat16)
+    query = torch.randn(int(layout_of_rows.qo_indptr[-1]), heads, 128, device=device).to(torch.bfloat16)
+    layer = LayerAttention(scaling=128**-0.5)
+    ours.plan(layout_of_rows)
+    reference.plan(layout_of_rows)
+    assert relative_error(ours.run(query, pool, layer), reference.run(query.float(), pool.float(), layer)) < 6e-3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(64, 8), (28, 4), (16, 1), (32, 32)])
+@pytest.mark.parametrize("num_rows", [1, 40, 256])
+def test_captured_plans_fit_their_workspace(device, heads, kv_heads, num_rows):
+    torch.manual_seed(4)
+    ours, reference = backend(device, heads, kv_heads, 128), ReferenceAttention(device)
+    ours.float_workspace = torch.empty(ours.split_workspace.captured_bytes(num_rows), dtype=torch.uint8, device=device)
+    rows, num_slots = layout([(1 + 37 * row % 4000, 1) for row in range(num_rows)], 16, 0)
+    pool = torch.randn(num_slots + 1, 2, 16, kv_heads, 128, device=device).to(torch.bfloat16)
+    query = torch.randn(num_rows, heads, 128, device=device).to(torch.bfloat16)
+    layer = LayerAttention(scaling=128**-0.5)
+    captured = CapturedDecodeAttention(
+        num_rows=num_rows,
+        scratch_slot=num_slots,
+        block_size=16,
+        layer=layer,
+        dtype=torch.bfloat16,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        buffers=CapturedBuffers(ours, most_rows=num_rows, most_pages=num_slots + num_rows),
+    )
+    captured.plan(rows)
+    reference.plan(rows)
+    expected = reference.run(query.float(), pool.float(), layer)
+    assert relative_error(captured.run(query, pool, layer), expected) < 6e-3

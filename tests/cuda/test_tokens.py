@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipemax import LLM, SamplingParams
+from pipemax.engine_stats import EngineStats
 from tests.cuda.test_layers import CONFIGS
 from tests.test_exactness import BLOCK_SIZE, LONGEST_BLOCKS, MEMORY, NUM_TOKENS, family, prompts  # noqa: F401
 from tests.worker.families import random_model
@@ -94,31 +95,30 @@ def test_a_long_random_run_gives_the_same_tokens_with_the_smallest_memory(model)
     assert stats.steps > 500 and stats.blocks_refilled > 1000
 
 
-@pytest.mark.parametrize("where", ["one gpu", "a gpu each"])
-def test_ten_thousand_steps_with_the_smallest_window_give_the_tokens_of_plenty(model, where):
-    """Two stages, hardly more memory than the longest request alone needs, random prompts and lengths.
-
-    Greedy: rows run in other company there, and of some ten thousand random draws one or two fall between sums that
-    differ in the last bit (so it is on a CPU, too).
-    """
+def run_ten_thousand_steps(model, **settings) -> tuple[list[list[int]], EngineStats]:
+    """Greedy: rows run in other company with other memory, and of some ten thousand random draws one or two fall
+    between sums that differ in the last bit (so it is on a CPU, too)."""
     count = 700
-    prompts = random_prompts(count)  # noqa: F811
     params = [dataclasses.replace(one, temperature=0.0) for one in random_params(count)]
-    common = {
-        "dtype": "float32",
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 64,
-        "max_model_len": 192,
-        "block_size": 8,
-    }
-    common |= {"num_stages": 2, "stage_devices": devices(2, where)}
+    common = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 192}
+    with start(model, num_stages=2, block_size=8, **common, **settings) as llm:
+        outputs = llm.generate(random_prompts(count), params)
+        return [output.outputs[0].token_ids for output in outputs], llm.stats()
+
+
+@pytest.fixture(scope="module")
+def tokens_of_plenty(model):
+    return run_ten_thousand_steps(model, num_device_blocks=8192, num_window_blocks=0)[0]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("where", ["one gpu", "a gpu each"])
+def test_ten_thousand_steps_with_the_smallest_window_give_the_tokens_of_plenty(model, tokens_of_plenty, where):
+    """Two stages, hardly more memory than the longest request alone needs, random prompts and lengths."""
     longest = 192 // 8
-    results = []
-    for blocks, window in ((8192, 0), (longest + 2, longest - 2)):
-        with start(model, num_device_blocks=blocks, num_window_blocks=window, **common) as llm:
-            results.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
-            stats = llm.stats()
-    assert results[1] == results[0]
+    memory = {"num_device_blocks": longest + 2, "num_window_blocks": longest - 2}
+    tokens, stats = run_ten_thousand_steps(model, stage_devices=devices(2, where), **memory)
+    assert tokens == tokens_of_plenty
     assert stats.steps > 10_000 and stats.blocks_refilled > 20_000
 
 

@@ -8,7 +8,6 @@ import torch
 
 from pipemax.worker import llama_layers
 from pipemax.worker.layer_ops import TorchOps
-from pipemax.worker.piece_graphs import graph_sizes
 from tests.worker.families import FAMILIES, VOCAB_SIZE, save_model
 from tests.worker.test_stage_model import Pipeline
 
@@ -54,13 +53,3 @@ def test_other_families_keep_their_own_forward(family, tmp_path):
     pipeline = Pipeline(tmp_path, 1)
     assert not pipeline.stages[0].use_own_layers(TorchOps(), max_model_len=64)
     assert logits_of(pipeline)[0].isfinite().all()
-
-
-def test_graph_sizes_reach_the_largest_step_and_stop_there():
-    assert graph_sizes(1) == [1]
-    assert graph_sizes(20) == [1, 2, 4, 8, 16, 20]
-    assert graph_sizes(256)[-2:] == [224, 256]
-    assert graph_sizes(8192)[-1] == 1024
-    for max_tokens in (5, 100, 513):
-        sizes = graph_sizes(max_tokens)
-        assert sizes == sorted(set(sizes)) and sizes[-1] == max_tokens
