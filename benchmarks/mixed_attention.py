@@ -91,6 +91,7 @@ def main() -> None:
                 name: microseconds_a_layer(backend, rows, args.heads, args.kv_heads) for name, rows in cases.items()
             }
             for choice in flashinfer.MixedAttention:
+                flashinfer.LEAST_TOKENS_APART = 0  # short chunks too, to see where it begins to pay
                 os.environ[flashinfer.MIXED_VARIABLE] = choice
                 flashinfer.mixed_attention.cache_clear()
                 found[choice.value] = microseconds_a_layer(backend, mixed, args.heads, args.kv_heads)

@@ -96,6 +96,7 @@ class CapturedDecodeAttention:
             pinned_ints(kv_indptr),
             self._read.kv_indices[: len(kv_indices)],  # of these the plan wants the number
             pinned_ints(last_page_lens),
+            seq_lens=pinned_ints(kv_lens),
             **self._plan_options,
             read=self._read,
         )

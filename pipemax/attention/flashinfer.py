@@ -3,9 +3,10 @@
     plan(rows)      layout to the device, without a wait
     run, layer l    the library's plans for (sliding window, soft cap, scaling), if this step has none; then its kernels
 
-Decode rows and chunks of a mixed step are planned, and run, apart: the library chooses one tile of queries for all rows
-of a plan, and what suits a chunk makes a decode row compute eight times what it needs. With
-PIPEMAX_MIXED_ATTENTION=together in the environment they are not, to be compared.
+Decode rows and long chunks of a mixed step are planned, and run, apart: the library chooses one tile of queries for all
+rows of a plan, and what suits a chunk makes a decode row compute eight times what it needs. (Short chunks run faster
+beside the decode rows: by themselves they leave most of the GPU idle.) With PIPEMAX_MIXED_ATTENTION=together in the
+environment all rows are planned together, to be compared.
 
 A kernel variant that FlashInfer cannot load here (no compiler, or not for this head size, window or soft cap), and
 attention sinks, are served by the torch reference for those layers, and only those.
@@ -47,6 +48,9 @@ from pipemax.worker.upload import upload
 
 # At least that much: enough for captured steps of models with few heads.
 _LEAST_FLOAT_WORKSPACE_BYTES = 128 * 1024**2
+
+# Of chunks beside decode rows: from here on two kernels take less time than one (`benchmarks/mixed_attention.py`).
+LEAST_TOKENS_APART = 512
 
 MIXED_VARIABLE = "PIPEMAX_MIXED_ATTENTION"
 
@@ -92,6 +96,7 @@ class _Group:
     qo_indptr_host: Tensor
     kv_indptr_host: Tensor
     last_page_lens_host: Tensor
+    kv_lens_host: Tensor
     qo_indptr: Tensor
     kv_indptr: Tensor
     last_page_lens: Tensor
@@ -250,6 +255,7 @@ class FlashInferAttention:
             logits_soft_cap=variant.soft_cap,
             q_data_type=self._dtype,
             kv_data_type=self._dtype,
+            seq_lens=rows.kv_lens_host,
             max_token_per_sequence=rows.most_new_tokens,
             read=KernelInputs(
                 int_workspace=self._int_workspaces[key],
@@ -267,7 +273,8 @@ def _group_ends(new_tokens: Int32Array) -> list[int]:
     num_rows = len(new_tokens)
     is_chunk = new_tokens > 1
     num_decode = int(is_chunk.argmax()) if is_chunk.any() else num_rows
-    if num_decode in (0, num_rows) or mixed_attention() is MixedAttention.TOGETHER:
+    chunk_tokens = int(new_tokens[num_decode:].sum())
+    if not num_decode or chunk_tokens < LEAST_TOKENS_APART or mixed_attention() is MixedAttention.TOGETHER:
         return [0, num_rows]
     return [0, num_decode, num_rows]
 
@@ -301,6 +308,7 @@ def _to_device(rows: RowLayout, device: torch.device) -> _DeviceRows:
                 qo_indptr_host=pinned_ints(indptrs[2 * number]),
                 kv_indptr_host=pinned_ints(indptrs[2 * number + 1]),
                 last_page_lens_host=pinned_ints(last_page_lens[first:last]),
+                kv_lens_host=pinned_ints(rows.kv_lens[first:last]),
                 qo_indptr=device_indptrs[2 * number],
                 kv_indptr=device_indptrs[2 * number + 1],
                 last_page_lens=device_last_page_lens[first:last],

@@ -7,6 +7,9 @@ and a kernel brings what it made (`upload.py`):
     plans' stream   | copies, whenever the engine comes to them |
     compute         | kernel: the plan from pinned memory | step ...
 
+Nobody waits for those copies: while the link is busy they may take several steps. Nor may the library do so, which is
+why all that it copies from is pinned (the driver waits for a stream before it copies from other memory).
+
 Also what is particular to the library and concerns whoever calls it. Never here: attention (`flashinfer.py`,
 `captured_decode.py`).
 """
@@ -98,12 +101,13 @@ class SplitWorkspace:
 
 
 class _Turn:
-    """Pinned memory of one plan. `copied`: the library's own copy out of it is done; `read`: so is ours."""
+    """Pinned memory of one plan. `read`: our copy out of it is done. (The library's own may find the next plan there:
+    nothing reads what it makes.)"""
 
     def __init__(self, device: torch.device) -> None:
         self.pinned = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True)
         self.words = mapped(self.pinned, device)
-        self.copied, self.read = (torch.cuda.Event(blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self.read = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._guard = self.pinned.view(torch.int32)[_PLAN_WORDS - _UNTOUCHED_WORDS : _PLAN_WORDS]
         self._guard.fill_(_UNTOUCHED)
 
@@ -129,13 +133,11 @@ class Planner:
         """
         turn = self._turns[self._next_turn]
         self._next_turn = (self._next_turn + 1) % _NUM_TURNS
-        turn.copied.synchronize()
         turn.read.synchronize()
         wrapper._int_workspace_buffer = self.unread_workspace
         wrapper._pin_memory_int_workspace_buffer = turn.pinned
         with torch.cuda.stream(self._stream):
             wrapper.plan(*arguments, **options)
-            turn.copied.record()
         num_words = turn.num_words
         copy_by_kernel(read.int_workspace.view(torch.int32)[:num_words], turn.words[:num_words])
         turn.read.record()

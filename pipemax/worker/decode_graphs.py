@@ -76,20 +76,21 @@ class DecodeGraphs:
                 **layers.heads,
             )
             attention.plan(_idle_rows(block_size))
-            for sharing in self._sharing:
-                self._run(size, sharing, attention)  # libraries choose and load their kernels now: not to be captured
-            stream.synchronize()
             graphs = []
-            for sharing in self._sharing:
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                self._run(size, sharing, attention)
-                graph.capture_end()
-                graphs.append(graph)
+            with torch.inference_mode():
+                for sharing in self._sharing:
+                    self._run(size, sharing, attention)  # libraries choose and load kernels now: not to be captured
+                stream.synchronize()
+                for sharing in self._sharing:
+                    graph = torch.cuda.CUDAGraph()
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                    self._run(size, sharing, attention)
+                    graph.capture_end()
+                    graphs.append(graph)
             return _CapturedStep(attention, graphs)
 
         torch.cuda.synchronize()
-        with torch.inference_mode(), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             self._steps = QuickestSizes(sizes, capture=capture, seconds=lambda step: replay_seconds(step.graphs[:1]))
         torch.cuda.synchronize()
 

@@ -104,7 +104,7 @@ def test_layers_that_ask_for_more_are_right_too(device, layer):
         [(5000, 200)],
         [(3000, 130), (0, 300), (2000, 70)],
         [(length, 1) for length in range(100, 6000, 200)],
-        [(0, 900), *((length, 1) for length in range(10, 3000, 50))],
+        [*((length, 1) for length in range(10, 3000, 50)), (0, 900)],
     ],
     ids=["long row", "late chunk", "chunks", "decode", "mixed"],
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from pipemax import LLM, SamplingParams
-from pipemax.engine_stats import EngineStats
 from tests.cuda.test_layers import CONFIGS
 from tests.test_exactness import BLOCK_SIZE, LONGEST_BLOCKS, MEMORY, NUM_TOKENS, family, prompts  # noqa: F401
 from tests.worker.families import random_model
@@ -95,31 +96,45 @@ def test_a_long_random_run_gives_the_same_tokens_with_the_smallest_memory(model)
     assert stats.steps > 500 and stats.blocks_refilled > 1000
 
 
-def run_ten_thousand_steps(model, **settings) -> tuple[list[list[int]], EngineStats]:
-    """Greedy: rows run in other company with other memory, and of some ten thousand random draws one or two fall
-    between sums that differ in the last bit (so it is on a CPU, too)."""
-    count = 700
-    params = [dataclasses.replace(one, temperature=0.0) for one in random_params(count)]
-    common = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 192}
-    with start(model, num_stages=2, block_size=8, **common, **settings) as llm:
-        outputs = llm.generate(random_prompts(count), params)
-        return [output.outputs[0].token_ids for output in outputs], llm.stats()
+# Logits of this model in float32 are off by up to 1.3e-4, and of 36,533 greedy tokens six are chosen by less than that.
+NEAR_TIE = 5e-4
 
 
-@pytest.fixture(scope="module")
-def tokens_of_plenty(model):
-    return run_ten_thousand_steps(model, num_device_blocks=8192, num_window_blocks=0)[0]
+def lead_of_first_difference(model, prompt: list[int], tokens: list[int], others: list[int]) -> float:
+    """By how much the logits of the first two tokens that differ do, in float64."""
+    place = next(place for place, pair in enumerate(zip(tokens, others, strict=True)) if pair[0] != pair[1])
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    with torch.no_grad():
+        logits = reference(torch.tensor([prompt + tokens[:place]])).logits[0, -1]
+    return abs(float(logits[tokens[place]] - logits[others[place]]))
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("where", ["one gpu", "a gpu each"])
-def test_ten_thousand_steps_with_the_smallest_window_give_the_tokens_of_plenty(model, tokens_of_plenty, where):
-    """Two stages, hardly more memory than the longest request alone needs, random prompts and lengths."""
+def test_ten_thousand_steps_with_the_smallest_window_give_the_tokens_of_plenty(model, where):
+    """Two stages, hardly more memory than the longest request alone needs, random prompts and lengths; beside it the
+    same with plenty, which disturbs it.
+
+    Rows run in other company there, which changes sums in their last bits, so a near tie may fall the other way.
+    """
+    count = 320
+    prompts = random_prompts(count)  # noqa: F811
+    params = [dataclasses.replace(one, temperature=0.0) for one in random_params(count)]
+    common = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 192}
+    common |= {"num_stages": 2, "stage_devices": devices(2, where), "block_size": 8}
     longest = 192 // 8
-    memory = {"num_device_blocks": longest + 2, "num_window_blocks": longest - 2}
-    tokens, stats = run_ten_thousand_steps(model, stage_devices=devices(2, where), **memory)
-    assert tokens == tokens_of_plenty
+    with (
+        start(model, num_device_blocks=8192, num_window_blocks=0, **common) as plenty,
+        start(model, num_device_blocks=longest + 2, num_window_blocks=longest - 2, **common) as tight,
+        ThreadPoolExecutor() as pool,
+    ):
+        runs = [pool.submit(llm.generate, prompts, params) for llm in (plenty, tight)]
+        expected, tokens = ([output.outputs[0].token_ids for output in run.result()] for run in runs)
+        stats = tight.stats()
     assert stats.steps > 10_000 and stats.blocks_refilled > 20_000
+    differing = [triple for triple in zip(prompts, expected, tokens, strict=True) if triple[1] != triple[2]]
+    assert len(differing) <= 3
+    assert all(lead_of_first_difference(model, *triple) < NEAR_TIE for triple in differing)
 
 
 @pytest.mark.parametrize("where", ["one gpu", "a gpu each"])

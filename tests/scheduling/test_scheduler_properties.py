@@ -274,6 +274,32 @@ def test_batch_as_a_whole_or_member_by_member_gives_the_same_plans(job):
         np.testing.assert_equal(dataclasses.asdict(plan), dataclasses.asdict(other))
 
 
+def test_nothing_travels_where_all_fits_though_steps_had_time_for_more_prompts():
+    """What prompts may want is no more than they have: nobody who waits for its batch makes room for it."""
+    job = {
+        "requests": [(prompt, 14, None) for prompt in (3, 17, 9, 40, 26, 33, 5)],
+        "device": 256,
+        "window": 0,
+        "host": 1000,
+        "num_stages": 1,
+        "num_batches": 2,
+        "max_num_seqs": 16,
+        "max_tokens_a_step": 24,
+        "max_plans": 2,
+        "budgets": [100],
+        "free_tokens": 1000,
+        "offload": KVOffload.ON,
+        "phase": PhasePolicyName.MIXED,
+        "arrivals": 7,
+        "quantum": 8,
+        "expected_tokens": 20,
+        "aborts": [],
+    }
+    _, executor, _ = run(job)
+    assert sum(len(plan.write_home) for plan in executor.plans) > 30
+    assert not any(len(plan.refill) for plan in executor.plans)
+
+
 def test_control_plane_needs_no_torch():
     import subprocess
 

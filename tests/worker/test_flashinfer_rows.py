@@ -27,14 +27,16 @@ def together(monkeypatch):
 
 
 DECODE = [(40, 1), (0, 1), (15, 1)]
-CHUNKS = [(0, 9), (16, 20), (3, 1)]  # the last: one token of a prompt was left
+CHUNKS = [(0, 309), (16, 202), (3, 1)]  # the last: one token of a prompt was left
+SHORT_CHUNKS = [(0, 309), (16, 201), (3, 1)]
 
 
 @pytest.mark.parametrize(
-    ("row_sizes", "num_groups"), [(DECODE, 1), (CHUNKS, 1), (DECODE + CHUNKS, 2), (CHUNKS + DECODE, 1)]
+    ("row_sizes", "num_groups"),
+    [(DECODE, 1), (CHUNKS, 1), (DECODE + CHUNKS, 2), (DECODE + SHORT_CHUNKS, 1), (CHUNKS + DECODE, 1)],
 )
 def test_groups_are_the_rows_in_order(to_device, row_sizes, num_groups):
-    rows = random_layout(np.random.default_rng(1), row_sizes, 8, 64)
+    rows = random_layout(np.random.default_rng(1), row_sizes, 8, 128)
     device_rows = to_device(rows)
     assert len(device_rows.groups) == num_groups
     row = 0
@@ -48,6 +50,7 @@ def test_groups_are_the_rows_in_order(to_device, row_sizes, num_groups):
             first, last = group.kv_indptr[index : index + 2].tolist()
             assert group.qo_indptr[index + 1] - group.qo_indptr[index] == row_sizes[row][1]
             assert (last - first - 1) * 8 + int(group.last_page_lens[index]) == sum(row_sizes[row])
+            assert group.kv_lens_host[index] == sum(row_sizes[row])
             pages = rows.kv_indices[rows.kv_indptr[row] : rows.kv_indptr[row + 1]]
             assert group.kv_indices[first:last].tolist() == pages.tolist()
             row += 1
@@ -58,7 +61,7 @@ def test_groups_are_the_rows_in_order(to_device, row_sizes, num_groups):
 
 
 def test_the_environment_has_them_together(to_device, together):
-    rows = random_layout(np.random.default_rng(1), DECODE + CHUNKS, 8, 64)
+    rows = random_layout(np.random.default_rng(1), DECODE + CHUNKS, 8, 128)
     assert len(to_device(rows).groups) == 1
 
 
