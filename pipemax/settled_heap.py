@@ -14,8 +14,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def settled_heap() -> Iterator[None]:
-    """Full collections meanwhile look only at what is made meanwhile."""
-    gc.collect()
+    """Full collections meanwhile look only at what is made meanwhile. What is garbage by now is found afterwards."""
     gc.freeze()
     try:
         yield

@@ -17,7 +17,6 @@ import pipemax.worker.stage_process  # noqa: F401
 from pipemax.executor.temporary_folder import remove_if_orphaned
 
 # Stages share these objects' memory with the server, and none of their collections looks at them (`settled_heap.py`).
-gc.collect()
 gc.freeze()
 # Batch systems send SIGTERM to all processes of a job; how it ends is up to the control plane. Stages inherit this.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import os
 import pickle
 import queue
@@ -223,6 +224,7 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
         decode_graphs=decode_graphs,
     )
     reports.send(StageReady(start_up.end()))
+    gc.collect()  # what loading has left may hold memory of the device
     with settled_heap():
         if device.torch_device.type == "cpu":
             _run_plans(worker, inbox, lambda step: reports.send(step.report()), pulse)
