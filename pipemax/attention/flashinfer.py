@@ -24,7 +24,6 @@ import functools
 import importlib.util
 import itertools
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +41,8 @@ from pipemax.attention.flashinfer_plan import (
     pinned_ints,
 )
 from pipemax.attention.reference import ReferenceAttention
-from pipemax.config import ConfigError
 from pipemax.plan import Int32Array
+from pipemax.worker.chosen_path import chosen_path
 from pipemax.worker.upload import upload
 
 # At least that much: enough for captured steps of models with few heads.
@@ -67,10 +66,7 @@ class MixedAttention(enum.StrEnum):
 @functools.cache
 def mixed_attention() -> MixedAttention:
     """What the environment says, for good. Raises ConfigError for a value that is none."""
-    wanted = os.environ.get(MIXED_VARIABLE, MixedAttention.APART)
-    if wanted not in list(MixedAttention):
-        raise ConfigError(f"{MIXED_VARIABLE} must be apart or together, got {wanted!r}")
-    return MixedAttention(wanted)
+    return chosen_path(MIXED_VARIABLE, MixedAttention.APART)
 
 
 def is_available() -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipemax.config import ConfigError
+from pipemax.worker.chosen_path import chosen_path
 from pipemax.worker.device import BlockRuns
 
 # The call of the driver has hung and crashed with tens of thousands of pieces; a layer of a step has hundreds.
@@ -142,11 +142,7 @@ def open_copier(method: CopyMethod | None = None) -> BlockCopier:
     Raises ConfigError for a value of the variable that is none, or for `batch` where the driver lacks it.
     """
     if method is None:
-        wanted = os.environ.get(METHOD_VARIABLE, CopyMethod.AUTO)
-        try:
-            method = CopyMethod(wanted)
-        except ValueError:
-            raise ConfigError(f"{METHOD_VARIABLE} must be auto, batch or loop, got {wanted!r}") from None
+        method = chosen_path(METHOD_VARIABLE, CopyMethod.AUTO)
     if method is CopyMethod.LOOP:
         return LoopCopier()
     try:

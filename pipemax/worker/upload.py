@@ -19,7 +19,6 @@ from __future__ import annotations
 import enum
 import functools
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipemax.config import ConfigError
+from pipemax.worker.chosen_path import chosen_path
 
 METHOD_VARIABLE = "PIPEMAX_UPLOAD"
 
@@ -46,10 +45,7 @@ class UploadMethod(enum.StrEnum):
 @functools.cache
 def upload_method() -> UploadMethod:
     """What the environment says, for good. Raises ConfigError for a value that is none."""
-    wanted = os.environ.get(METHOD_VARIABLE, UploadMethod.KERNEL)
-    if wanted not in list(UploadMethod):
-        raise ConfigError(f"{METHOD_VARIABLE} must be kernel or engine, got {wanted!r}")
-    return UploadMethod(wanted)
+    return chosen_path(METHOD_VARIABLE, UploadMethod.KERNEL)
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:

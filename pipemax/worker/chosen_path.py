@@ -1,0 +1,22 @@
+"""`chosen_path`: which way of several the environment asks for, so that a fast one can be compared with a plain one."""
+
+from __future__ import annotations
+
+import enum
+import os
+from typing import TypeVar
+
+from pipemax.config import ConfigError
+
+_Path = TypeVar("_Path", bound=enum.StrEnum)
+
+
+def chosen_path(variable: str, default: _Path) -> _Path:
+    """The value of the variable, one of the default's kind. Raises ConfigError for a value that is none."""
+    wanted = os.environ.get(variable, default)
+    paths = type(default)
+    try:
+        return paths(wanted)
+    except ValueError:
+        *others, last = paths
+        raise ConfigError(f"{variable} must be {', '.join(others)} or {last}, got {wanted!r}") from None
