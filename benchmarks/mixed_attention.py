@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 96, 160, 256, 512, 1024])
     args = parser.parse_args()
+    flashinfer.LEAST_TOKENS_APART = 0  # short chunks too, to see where it begins to pay
     rng = np.random.default_rng(0)
     backend = flashinfer.FlashInferAttention(
         device=torch.device("cuda", 0),
@@ -91,7 +92,6 @@ def main() -> None:
                 name: microseconds_a_layer(backend, rows, args.heads, args.kv_heads) for name, rows in cases.items()
             }
             for choice in flashinfer.MixedAttention:
-                flashinfer.LEAST_TOKENS_APART = 0  # short chunks too, to see where it begins to pay
                 os.environ[flashinfer.MIXED_VARIABLE] = choice
                 flashinfer.mixed_attention.cache_clear()
                 found[choice.value] = microseconds_a_layer(backend, mixed, args.heads, args.kv_heads)
