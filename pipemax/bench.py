@@ -291,10 +291,7 @@ def _links_line(links: Mapping[str, Any]) -> str:
             f"{one['prefill_bytes_per_second'] / 1e9:.1f} GB/s"
         )
     figures = "; ".join(f"{link} {', '.join(of_link)}" for link, of_link in by_link.items())
-    line = f"links: {names[links['taken']]} taken; {figures}"
-    if links["taken"] == "host":
-        line += "; NCCL_P2P_DISABLE=1, where it is not set, may be better still"
-    return line
+    return f"links: {names[links['taken']]} taken; {figures}"
 
 
 def print_throughput(report: Mapping[str, Any], stdout: TextIO) -> None:

@@ -26,8 +26,3 @@ class CudaOptions:
 
     def device_of_stage(self, stage: int) -> int:
         return stage if self.stage_devices is None else self.stage_devices[stage]
-
-    @property
-    def shares_devices(self) -> bool:
-        """Whether two stages are on one GPU."""
-        return self.stage_devices is not None and len(set(self.stage_devices)) < len(self.stage_devices)

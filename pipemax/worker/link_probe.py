@@ -1,7 +1,8 @@
 """`probe_links`: which medium carries what stages send in less time, measured at the start of a pipeline.
 
-NCCL is the faster one by design, and not on every server: where an IOMMU, access control or a bridge between sockets is
-in the way, P2P can be slower than a copy to host memory and back.
+Where GPUs reach each other, NCCL is the faster one by design, and not on every server: with an IOMMU, access control
+or a bridge between sockets in the way, P2P can be slower than memory of the host that both map. Where they do not,
+there is one medium, and what is measured is for whoever reads the report.
 
     stage 0     meet | send                    | meet ...
     stage 1     meet | send, receive .. it came| meet ...
@@ -31,7 +32,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipemax.config import ConfigError
-from pipemax.worker.transport import MEDIUM_VARIABLE, LinkError, LinkMedium, StageLinks, wait_for_device
+from pipemax.worker.link import LinkError
+from pipemax.worker.transport import MEDIUM_VARIABLE, LinkMedium, StageLinks, wait_for_device
 
 _DECODE_ROWS = 64
 # More does not change the rate, and takes pinned memory, which is slow to come by.
@@ -39,9 +41,6 @@ _MOST_BYTES = 32 * 1024**2
 _WARM_UP_ROUNDS = 2
 _DECODE_ROUNDS = 15
 _PREFILL_ROUNDS = 3
-# Host memory has to be better by a fifth: medians of so few rounds differ by a tenth, and over host memory the thread
-# that issues steps waits for every message, which is not in these figures.
-_CLEARLY_LESS = 0.8
 # From hearing of a round's begin to the begin: longer than the news takes to reach the last stage.
 _LEAD_SECONDS = 0.5e-3
 
@@ -92,7 +91,7 @@ class LinkProbe:
 
 
 def better_medium(figures: Sequence[LinkFigures], *, decode_bytes: int) -> LinkMedium:
-    """The medium whose slowest link costs a job less; NCCL unless host memory is better by a fifth.
+    """The medium whose slowest link costs a job least; the same on all stages.
 
     A message's time is added to the step that waits for it, be it decode or prefill: with as many batches in flight as
     stages there is nothing else to run meanwhile. A job of as many output tokens as prompt tokens sends the rows of the
@@ -108,8 +107,8 @@ def better_medium(figures: Sequence[LinkFigures], *, decode_bytes: int) -> LinkM
             if one.medium is medium
         )
 
-    host_is_better = worst_seconds_per_byte(LinkMedium.HOST) < _CLEARLY_LESS * worst_seconds_per_byte(LinkMedium.NCCL)
-    return LinkMedium.HOST if host_is_better else LinkMedium.NCCL
+    measured = {one.medium for one in figures}
+    return min((medium for medium in LinkMedium if medium in measured), key=worst_seconds_per_byte)
 
 
 def probe_links(
@@ -120,7 +119,7 @@ def probe_links(
     messages: StepMessages,
     device: torch.device,
 ) -> LinkProbe:
-    """Measures links over both media and closes those that are not to be taken. All stages must be in this call.
+    """Measures links over each medium and closes those that are not to be taken. All stages must be in this call.
 
     None waits for ever: a message over NCCL that does not come, or a stage that does not answer, is a LinkError after
     CONNECT_TIMEOUT. Raises ConfigError when a message comes and is not what was sent.
@@ -198,7 +197,7 @@ class _Prober:
         if self._sends:
             links.send_hidden(message_TH)
         if self._receives:
-            received_TH = links.receive_hidden().to(self._device, non_blocking=True)
+            received_TH = links.receive_hidden()
             wait_for_device(self._device)
         seconds = time.monotonic() - start_seconds
         links.finish_sends()

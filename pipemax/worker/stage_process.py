@@ -39,6 +39,7 @@ from pipemax.settled_heap import settled_heap
 from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.device import Device, open_device, set_threads
 from pipemax.worker.kv_store import KVStore
+from pipemax.worker.link import LinkError
 from pipemax.worker.link_probe import StepMessages, probe_links
 from pipemax.worker.model_slice import read_config, resolve_dtype
 from pipemax.worker.pulse import Pulse, dump_stacks_on_signal
@@ -46,7 +47,7 @@ from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.stage_worker import RunningStep, StageWorker
 from pipemax.worker.start_up import StartUp, StartUpPart
 from pipemax.worker.transfer import layers_per_copy
-from pipemax.worker.transport import LinkError, StageLinks, possible_media
+from pipemax.worker.transport import StageLinks, possible_media
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -201,7 +202,7 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
             trust_remote_code=settings.trust_remote_code,
             max_model_len=settings.max_model_len,
         )
-        backend, free_device_bytes = _prepare(settings, model, start_up)
+        backend, free_device_bytes = _prepare(settings, model, links, start_up)
     geometry = model.spec.kv_geometry(block_size=settings.block_size, dtype_bytes=model.dtype.itemsize)
     reports.send(StageLoaded(geometry.block_bytes(stage.layers), free_device_bytes))
     start_up.begin("waiting for the other stages to load")
@@ -236,6 +237,7 @@ def _connect(settings: StageSettings, device: torch.device, start_up: StartUp) -
     """Links over the medium that serves this machine best."""
     stage = settings.stage
     start_up.begin("connecting to the other stages")
+    gpus = [settings.cuda.device_of_stage(number) for number in range(stage.num_stages)]
     links = {
         medium: StageLinks(
             stage=stage.stage,
@@ -244,9 +246,9 @@ def _connect(settings: StageSettings, device: torch.device, start_up: StartUp) -
             device=device,
             medium=medium,
         )
-        for medium in possible_media(device, shares_devices=settings.cuda.shares_devices)
+        for medium in possible_media(device, gpus=gpus)
     }
-    if len(links) == 1 or stage.num_stages == 1:
+    if stage.num_stages == 1 or (len(links) == 1 and device.type == "cpu"):
         return next(iter(links.values()))
     start_up.begin("measuring the links")
     config = read_config(
@@ -305,7 +307,9 @@ def _allocate(size: KVSize, geometry: KVGeometry, layers: range, dtype: torch.dt
         ) from error
 
 
-def _prepare(settings: StageSettings, model: StageModel, start_up: StartUp) -> tuple[AttentionBackend, int | None]:
+def _prepare(
+    settings: StageSettings, model: StageModel, links: StageLinks, start_up: StartUp
+) -> tuple[AttentionBackend, int | None]:
     """The stage's attention, and the bytes that its device has left for KV (None: it is host memory)."""
     if model.device.type == "cpu":
         return ReferenceAttention(model.device), None
@@ -316,7 +320,12 @@ def _prepare(settings: StageSettings, model: StageModel, start_up: StartUp) -> t
     most_rows = settings.max_num_seqs
     gpu_stage.use_fast_paths(model, settings.cuda, max_model_len=settings.max_model_len, max_num_seqs=most_rows)
     start_up.begin("a step of the largest size")
-    gpu_stage.run_largest_step(model, num_tokens=max(most_rows, settings.max_num_batched_tokens), num_rows=most_rows)
+    gpu_stage.run_largest_step(
+        model,
+        num_tokens=max(most_rows, settings.max_num_batched_tokens),
+        num_rows=most_rows,
+        num_kept=links.kept_hidden,
+    )
     free_bytes = gpu_stage.kv_bytes(
         model.device,
         num_layers=len(settings.stage.layers),

@@ -182,7 +182,7 @@ class StageWorker:
         if self._stage.is_first:
             input_ids_T = self._input_ids(plan)
         elif plan.num_rows:
-            hidden_TH = self._links.receive_hidden().to(device, non_blocking=True)
+            hidden_TH = self._links.receive_hidden()
         start = self._device.mark()
 
         sampled: Sampled | None = None
@@ -191,7 +191,8 @@ class StageWorker:
             rows = _row_layout(plan, self._block_size)
             if input_ids_T is not None:
                 input_ids_T = input_ids_T.to(device)
-            hidden_TH = self._run_layers(input_ids_T, hidden_TH, upload(_positions(plan, rows.qo_indptr), device), rows)
+            positions_T = upload(_positions(plan, rows.qo_indptr), device)
+            hidden_TH = self._run_layers(input_ids_T, hidden_TH, positions_T, rows)
             if self._stage.is_last:
                 sampled = self._sample(plan, rows.qo_indptr, hidden_TH)
         moved = self._transfers.finish_step()

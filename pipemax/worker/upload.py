@@ -88,9 +88,14 @@ def mapped(pinned: Tensor, device: torch.device) -> Tensor:
     Copies of it (`copy_`, `to`, `clone`) are a copy engine's; arithmetic is a kernel's. With the engine as the method
     it is the host's tensor.
     """
-    assert pinned.is_pinned() and pinned.is_contiguous() and device.type == "cuda"
     if upload_method() is UploadMethod.ENGINE:
         return pinned.view(-1).view(torch.int32)
+    return device_view(pinned, device)
+
+
+def device_view(pinned: Tensor, device: torch.device) -> Tensor:
+    """Pinned or registered host memory, a multiple of 4 bytes, as int32 that kernels of that GPU read and write."""
+    assert pinned.is_pinned() and pinned.is_contiguous() and device.type == "cuda"
     view: Tensor = torch.as_tensor(_HostMemory(pinned), device=device)
     assert view.data_ptr() == pinned.data_ptr(), "host and GPU do not share one address space"
     return view

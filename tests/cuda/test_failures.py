@@ -27,7 +27,7 @@ from pipemax.executor import process as process_module
 from pipemax.executor.base import ExecutorError
 from pipemax.executor.stage_group import StageGroup
 from pipemax.plan import Phase, StepPlan
-from pipemax.worker.transport import MEDIUM_VARIABLE, LinkMedium
+from pipemax.worker.transport import MEDIUM_VARIABLE
 from tests.cuda.test_tokens import devices
 from tests.executor.test_process import descendants, stage_processes
 
@@ -266,15 +266,14 @@ def test_a_stage_killed_while_it_starts(
     assert max(kill.held_bytes) > HELD_BYTES
 
 
-@pytest.mark.parametrize("where", ["one gpu", "a gpu each"])
+@pytest.mark.parametrize(("where", "medium"), [("one gpu", "host"), ("a gpu each", "host"), ("a gpu each", "nccl")])
 @pytest.mark.parametrize("when", KINDS)
 def test_a_stage_killed_at_work(
-    where: str, when: str, model: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    where: str, medium: str, when: str, model: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefill of 4,000 tokens a request; decode with all fast paths; blocks on their way while the device is small."""
     stage_devices = devices(2, where)
-    if where == "a gpu each":
-        monkeypatch.setenv(MEDIUM_VARIABLE, LinkMedium.NCCL)
+    monkeypatch.setenv(MEDIUM_VARIABLE, medium)
     traces = Traces(stage_devices)
     kill = Kill(traces)
     memory = TIGHT if when == "transfer" else {}

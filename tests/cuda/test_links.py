@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pipemax.worker import link_probe, transport
+from pipemax.worker.link import LinkError
 from pipemax.worker.link_probe import LinkProbe, StepMessages, probe_links
-from pipemax.worker.transport import LinkError, LinkMedium, StageLinks, wait_for_device
+from pipemax.worker.transport import LinkMedium, StageLinks, wait_for_device
 from tests.worker.test_transport import KEPT, run_stages
 
 HIDDEN = 1024
@@ -33,7 +34,7 @@ def many_steps(medium: LinkMedium, stage: int, num_stages: int, rendezvous: Path
 
 
 def run_steps(links: StageLinks, stage: int, num_stages: int) -> tuple[int, list[list[int]]]:
-    """Stage s adds s to what it gets; the last answers with the sum over the first row. Over NCCL no host waits."""
+    """Stage s adds s to what it gets; the last answers with the sum over the first row. No host waits."""
     device = torch.device("cuda", stage)
     links.set_hidden(HIDDEN, torch.bfloat16)
     num_answers, wrong = 0, torch.zeros(1, dtype=torch.int64, device=device)
@@ -45,7 +46,7 @@ def run_steps(links: StageLinks, stage: int, num_stages: int) -> tuple[int, list
             hidden_TH = torch.full((num_tokens, HIDDEN), float(step), dtype=torch.bfloat16, device=device)
         else:
             links.expect_hidden(num_tokens)
-            hidden_TH = links.receive_hidden().to(device, non_blocking=True) + stage
+            hidden_TH = links.receive_hidden() + stage
             wrong += (hidden_TH != step + sum(range(stage + 1))).sum()
         if stage < num_stages - 1:
             links.send_hidden(hidden_TH)
@@ -78,8 +79,8 @@ def test_many_steps_in_flight_arrive_whole_and_in_order(num_stages: int, medium:
     assert outcomes[0][1] == expected_tokens(num_stages)
 
 
-def waits_in_vain(stage: int, num_stages: int, rendezvous: Path) -> object:
-    links = connect(LinkMedium.NCCL, stage, num_stages, rendezvous)
+def waits_in_vain(medium: LinkMedium, stage: int, num_stages: int, rendezvous: Path) -> object:
+    links = connect(medium, stage, num_stages, rendezvous)
     links.set_hidden(HIDDEN, torch.bfloat16)
     transport.CONNECT_TIMEOUT = timedelta(seconds=2)
     if stage == 1:
@@ -89,9 +90,10 @@ def waits_in_vain(stage: int, num_stages: int, rendezvous: Path) -> object:
     return None
 
 
-def test_a_message_that_never_comes_is_an_error_with_the_remedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("medium", list(LinkMedium))
+def test_a_message_that_never_comes_is_an_error_with_the_remedy(medium: LinkMedium, tmp_path: Path) -> None:
     need_gpus(2)
-    sender, receiver = run_stages([waits_in_vain] * 2, tmp_path)
+    sender, receiver = run_stages([partial(waits_in_vain, medium)] * 2, tmp_path)
     assert sender is None
     assert isinstance(receiver, LinkError) and "NCCL_P2P_DISABLE=1, or PIPEMAX_STAGE_LINK=host" in str(receiver)
 

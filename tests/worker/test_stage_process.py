@@ -12,7 +12,7 @@ import torch
 from pipemax.config import ConfigError
 from pipemax.kv.block_pool import BlockPool
 from pipemax.worker import stage_process
-from pipemax.worker.transport import LinkError
+from pipemax.worker.link import LinkError
 
 ROOT = Path(__file__).parents[2]
 

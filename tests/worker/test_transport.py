@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from pipemax.config import ConfigError
 from pipemax.worker import transport
-from pipemax.worker.transport import LinkError, LinkMedium, StageLinks, possible_media
+from pipemax.worker.link import LinkError
+from pipemax.worker.transport import LinkMedium, StageLinks, possible_media
 
 HIDDEN = 96
 # Tokens and samples of each step: the first stage hands all of them on before it looks at any answer.
@@ -219,24 +220,70 @@ def test_sockets_are_bound_to_the_loopback_unless_the_user_says_otherwise(
 
 
 @pytest.mark.parametrize(
-    ("device", "shares_devices", "wanted", "media"),
+    ("device", "gpus", "wanted", "p2p", "can_wait", "media"),
     [
-        ("cpu", False, None, (LinkMedium.HOST,)),
-        ("cuda", False, None, (LinkMedium.NCCL, LinkMedium.HOST)),
-        ("cuda", True, None, (LinkMedium.HOST,)),
-        ("cuda", False, "host", (LinkMedium.HOST,)),
-        ("cuda", False, "nccl", (LinkMedium.NCCL,)),
+        ("cpu", (0, 1), None, False, False, (LinkMedium.HOST,)),
+        ("cuda", (0, 1), None, True, True, (LinkMedium.NCCL, LinkMedium.HOST)),
+        ("cuda", (0, 1), None, False, True, (LinkMedium.HOST,)),
+        ("cuda", (0, 1), None, False, False, (LinkMedium.NCCL,)),
+        ("cuda", (0, 0), None, True, True, (LinkMedium.HOST,)),
+        ("cuda", (0, 1), "host", True, True, (LinkMedium.HOST,)),
+        ("cuda", (0, 1), "nccl", False, True, (LinkMedium.NCCL,)),
     ],
 )
-def test_there_is_a_choice_where_stages_have_a_gpu_each(monkeypatch, device, shares_devices, wanted, media) -> None:
+def test_there_is_a_choice_where_gpus_reach_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    gpus: tuple[int, int],
+    wanted: str | None,
+    p2p: bool,
+    can_wait: bool,
+    media: tuple[LinkMedium, ...],
+) -> None:
+    machine(monkeypatch, wanted=wanted, p2p=p2p, can_wait=can_wait)
+    assert possible_media(torch.device(device), gpus=gpus) == media
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, *, wanted: str | None, p2p: bool, can_wait: bool) -> None:
     monkeypatch.delenv("PIPEMAX_STAGE_LINK", raising=False)
     if wanted is not None:
         monkeypatch.setenv("PIPEMAX_STAGE_LINK", wanted)
-    assert possible_media(torch.device(device), shares_devices=shares_devices) == media
+    monkeypatch.setattr(transport, "reach_each_other", lambda gpus: p2p)
+    monkeypatch.setattr(transport, "streams_can_wait", lambda device: can_wait)
 
 
-@pytest.mark.parametrize("wanted", ["nccl", "infiniband"])
-def test_a_medium_that_cannot_be_is_refused(monkeypatch, wanted) -> None:
-    monkeypatch.setenv("PIPEMAX_STAGE_LINK", wanted)
-    with pytest.raises(ConfigError, match="PIPEMAX_STAGE_LINK"):
-        possible_media(torch.device("cpu"), shares_devices=False)
+@pytest.mark.parametrize(
+    ("device", "gpus", "wanted", "can_wait", "message"),
+    [
+        ("cpu", (0, 1), "nccl", False, "PIPEMAX_STAGE_LINK=nccl needs a GPU for each stage"),
+        ("cpu", (0, 1), "infiniband", False, "PIPEMAX_STAGE_LINK must be host or nccl, got 'infiniband'"),
+        ("cuda", (0, 0), "nccl", True, "PIPEMAX_STAGE_LINK=nccl needs a GPU for each stage"),
+        ("cuda", (0, 1), "host", False, "PIPEMAX_STAGE_LINK=host needs a driver with stream memory operations"),
+        ("cuda", (0, 0), None, False, "give every stage a GPU of its own"),
+    ],
+)
+def test_a_medium_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    gpus: tuple[int, int],
+    wanted: str | None,
+    can_wait: bool,
+    message: str,
+) -> None:
+    machine(monkeypatch, wanted=wanted, p2p=True, can_wait=can_wait)
+    with pytest.raises(ConfigError, match=message):
+        possible_media(torch.device(device), gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("disabled", "unreachable", "reach"),
+    [(None, None, True), ("0", None, True), ("1", None, False), (None, (1, 2), False), (None, (2, 0), False)],
+)
+def test_gpus_reach_each_other_along_the_links(
+    monkeypatch: pytest.MonkeyPatch, disabled: str | None, unreachable: tuple[int, int] | None, reach: bool
+) -> None:
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    if disabled is not None:
+        monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: (one, other) != unreachable)
+    assert transport.reach_each_other((0, 1, 2)) is reach
