@@ -150,10 +150,6 @@ class FlashInferAttention:
         self._device_rows: _DeviceRows | None = None
         self._planned: dict[_Variant, list[Any]] = {}
 
-    def captures(self, num_rows: int) -> bool:
-        """Whether the workspace is large enough for captured steps of that many decode rows."""
-        return self.split_workspace.captured_bytes(num_rows) <= self.float_workspace.numel()
-
     def plan(self, rows: RowLayout) -> None:
         self._rows = rows
         self._device_rows = _to_device(rows, self._device)

@@ -11,7 +11,7 @@ Nobody waits for those copies: while the link is busy they may take several step
 why all that it copies from is pinned (the driver waits for a stream before it copies from other memory).
 
 Also what is particular to the library and concerns whoever calls it. Never here: attention (`flashinfer.py`,
-`captured_decode.py`).
+`captured_decode.py`), how captured steps are planned (`captured_plan.py`).
 """
 
 from __future__ import annotations
@@ -77,10 +77,17 @@ class SplitWorkspace:
         return self._bytes(self._tiles_at_once, tile=self._tile(_LONG_ROW))
 
     def captured_bytes(self, num_rows: int) -> int:
-        """For that many decode rows in a graph: whatever their keys will be, so there are tiles for all."""
+        """For up to that many decode rows in the library's mode for graphs: whatever their keys will be, so there are
+        tiles for all."""
         tile = self._tile(self._group)
         num_tiles = -(-num_rows * self._group // tile) + num_rows - 1
         return self._bytes(max(self._tiles_at_once, num_tiles), tile=tile)
+
+    @property
+    def most_split_rows(self) -> int:
+        """Decode rows of which some may be split, at most; more make as many tiles as run at once, or more."""
+        tiles_a_row = -(-self._group // self._tile(self._group))
+        return -(-self._tiles_at_once // tiles_a_row) - 1
 
     @property
     def _group(self) -> int:
@@ -142,6 +149,18 @@ class Planner:
         copy_by_kernel(read.int_workspace.view(torch.int32)[:num_words], turn.words[:num_words])
         turn.read.record()
         read.give_to(wrapper)
+
+
+def plan_for_good(wrapper: Any, *arguments: Any, read: KernelInputs, **options: Any) -> None:
+    """As the wrapper's `plan`; its kernels then read `read`, of which this fills the workspace.
+
+    Waits for the library's copies: only where nothing stands before them, and only once for a wrapper.
+    """
+    wrapper._int_workspace_buffer = read.int_workspace
+    wrapper.plan(*arguments, **options)
+    torch.cuda.current_stream().synchronize()
+    wrapper._pin_memory_int_workspace_buffer = None  # megabytes that only a plan needs
+    read.give_to(wrapper)
 
 
 def pinned_ints(array: np.ndarray[Any, np.dtype[np.int32]]) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipemax.attention.base import RowLayout
-from pipemax.attention.captured_decode import CapturedBuffers, CapturedDecodeAttention
+from pipemax.attention.captured_buffers import CapturedBuffers
+from pipemax.attention.captured_decode import CapturedDecodeAttention
 from pipemax.attention.flashinfer import FlashInferAttention
 from pipemax.worker.attention_hook import LayerFences, LayerPools
 from pipemax.worker.graph_sizes import QuickestSizes, graph_sizes, replay_seconds
@@ -29,7 +30,7 @@ from pipemax.worker.upload import copy_by_kernel
 
 @dataclass(frozen=True, slots=True)
 class _CapturedStep:
-    """A graph for each group of layers that share their copies, and the attention in them, which is planned anew."""
+    """A graph for each group of layers that share their copies, and the attention in them, which is told of steps."""
 
     attention: CapturedDecodeAttention
     graphs: list[torch.cuda.CUDAGraph]
@@ -93,6 +94,7 @@ class DecodeGraphs:
         with torch.cuda.stream(stream):
             self._steps = QuickestSizes(sizes, capture=capture, seconds=lambda step: replay_seconds(step.graphs[:1]))
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what ran before captures had memory of that stream, which no other uses
 
     @property
     def num_graphs(self) -> int:

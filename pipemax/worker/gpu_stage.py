@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipemax.attention import flashinfer
 from pipemax.attention.base import AttentionBackend, LayerAttention, RowLayout
+from pipemax.attention.captured_plan import captures
 from pipemax.attention.reference import ReferenceAttention
 from pipemax.config import ConfigError
 from pipemax.cuda_options import AttentionChoice, CudaOptions
@@ -24,13 +25,12 @@ from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.layer_ops import FlashInferOps, LayerOps, TorchOps
 from pipemax.worker.sampler import Sampler
 from pipemax.worker.stage_model import StageModel
-from pipemax.worker.transport import MAX_UNFINISHED_SENDS
 
 # For what the warm-up does not show: memory that falls between pieces of other sizes, workspaces of further attention
 # variants; and decode graphs, captured when KV is in place (measured: 3.5 to 4.5 MiB a layer).
 _MARGIN_BYTES = 192 * 1024**2
 _MARGIN_BYTES_A_LAYER = 4 * 1024**2
-# Steps of more rows take longer than to issue them layer by layer, and attention outside graphs is a little faster.
+# Steps of more rows take longer than to issue them layer by layer.
 _MOST_CAPTURED_ROWS = 256
 
 
@@ -84,7 +84,7 @@ def capture_decode(
     if layers.common_attention is None or not backend.serves(layers.common_attention):
         return None
     max_rows = min(max_num_seqs, _MOST_CAPTURED_ROWS)
-    while not backend.captures(max_rows):
+    while not captures(backend, max_rows):
         max_rows -= 1
     return DecodeGraphs(
         layers,
@@ -132,14 +132,15 @@ class _NoAttention:
 
 
 @torch.inference_mode()
-def run_largest_step(model: StageModel, *, num_tokens: int, num_rows: int) -> None:
-    """Runs one step of that size, without attention, so that the allocator has what such a step needs."""
+def run_largest_step(model: StageModel, *, num_tokens: int, num_rows: int, num_kept: int = 0) -> None:
+    """Runs one step of that size, without attention, so that the allocator has what such a step needs.
+
+    `num_kept`: of how many steps before it activations may still be here, on their way to the next stage.
+    """
     nothing = _NoAttention()
     stage, device = model.stage, model.device
     shape, dtype = (num_tokens, model.hidden_size), model.dtype
-    # Activations of the steps before that may still be on their way to the next stage.
-    num_under_way = 0 if stage.is_last else MAX_UNFINISHED_SENDS
-    under_way = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_under_way)]
+    kept = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_kept)]
     ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     output_TH = model.forward(
         input_ids_T=ids_T if stage.is_first else None,
@@ -147,7 +148,7 @@ def run_largest_step(model: StageModel, *, num_tokens: int, num_rows: int) -> No
         positions_T=torch.zeros_like(ids_T),
         step_context=StepContext(nothing, nothing, nothing),
     )
-    under_way.clear()
+    kept.clear()
     if stage.is_last:
         model.logits(output_TH[:num_rows])
         Sampler(vocab_size=model.spec.vocab_size, device=device).warm_up(num_rows, dtype=dtype)

@@ -19,7 +19,7 @@ Shape letters: T tokens, H hidden size, Q query heads, K key-value heads, D head
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from torch.nn.functional import embedding, linear
 
 from pipemax.attention.base import AttentionBackend, LayerAttention
 from pipemax.worker.attention_hook import StepContext
+from pipemax.worker.gemm_library import GemmLibrary, QuickestLibraries, computing_in, gemm_library
+from pipemax.worker.gemm_timer import GemmTimer
 from pipemax.worker.layer_ops import LayerOps
 from pipemax.worker.merged_linear import merge_weights
 from pipemax.worker.model_slice import StageSlice
@@ -53,14 +55,12 @@ class _Linear:
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-    def into(self, x: Tensor, out: Tensor) -> None:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return linear(x, self.weight, self.bias)
         if self.bias is None:
-            torch.mm(x, self.weight.t(), out=out)
-        else:
-            torch.addmm(self.bias, x, self.weight.t(), out=out)
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +139,7 @@ class LlamaLayers:
         self._hidden_size = hidden_size
         self._eps = norm_eps
         self._ops = ops
+        self._libraries = QuickestLibraries()
 
     @classmethod
     def of(cls, base: Any, *, stage: StageSlice, ops: LayerOps, max_model_len: int) -> LlamaLayers | None:
@@ -193,6 +194,18 @@ class LlamaLayers:
             for before, after in zip(self._layers, [*self._layers[1:], None], strict=True)
         ]
         return [self._enter, *between]
+
+    def choose_libraries(self, sizes: Sequence[int]) -> None:
+        """From now on GEMMs of steps of so many tokens run in the library that is the quickest for them.
+
+        To be called before such steps are captured and KV memory is sized, on CUDA, in inference mode and on a stream
+        that captures. In half precision only: float32 is there to be compared.
+        """
+        if self.dtype not in (torch.bfloat16, torch.float16) or gemm_library() is GemmLibrary.DEFAULT:
+            return
+        gemms = [gemm for layer in self._layers for gemm in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        self._libraries.measure(gemms, sizes, seconds=GemmTimer(gemms, most_tokens=max(sizes)).seconds)
+        torch.cuda.empty_cache()  # nothing that was timed with stays
 
     def buffers(self, num_tokens: int) -> StepBuffers:
         """New buffers, not initialised but for what a piece reads of idle rows."""
@@ -253,7 +266,7 @@ class LlamaLayers:
         self._project(self._layers[0], x_TH, buffers)
 
     def _between(self, before: _Layer, after: _Layer | None, buffers: StepBuffers) -> None:
-        x_TH = before.out(buffers.attended.flatten(1))
+        x_TH = self._gemm(before.out, buffers.attended.flatten(1))
         self._ops.add_rms_norm(x_TH, buffers.residual, before.post_norm, self._eps)
         x_TH = self._mlp(before, x_TH)
         if after is not None:
@@ -265,18 +278,22 @@ class LlamaLayers:
         else:
             torch.add(buffers.residual, x_TH, out=buffers.output)
 
+    def _gemm(self, gemm: _Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
+        with computing_in(self._libraries.of(gemm, len(x))):
+            return gemm(x, out)
+
     def _mlp(self, layer: _Layer, x_TH: Tensor) -> Tensor:
         """Over some tokens at a time: its activations are the widest of a step, and what they take is KV's loss."""
         num_parts = math.ceil(len(x_TH) / _MOST_MLP_TOKENS)
         if num_parts <= 1:
-            return layer.down(self._ops.silu_and_mul(layer.gate_up(x_TH)))
+            return self._gemm(layer.down, self._ops.silu_and_mul(self._gemm(layer.gate_up, x_TH)))
         out_TH = torch.empty_like(x_TH)
         for part, out in zip(x_TH.tensor_split(num_parts), out_TH.tensor_split(num_parts), strict=True):
-            layer.down.into(self._ops.silu_and_mul(layer.gate_up(part)), out)
+            layer.down(self._ops.silu_and_mul(layer.gate_up(part)), out)  # never captured, whatever a part's size is
         return out_TH
 
     def _project(self, layer: _Layer, x_TH: Tensor, buffers: StepBuffers) -> None:
-        layer.qkv.into(x_TH, buffers.qkv)
+        self._gemm(layer.qkv, x_TH, buffers.qkv)
         query, key, _ = self._heads(buffers.qkv)
         if layer.query_norm is not None and layer.key_norm is not None:
             self._ops.rms_norm(query, layer.query_norm, self._eps, query)

@@ -36,12 +36,14 @@ class PieceGraphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         with torch.inference_mode(), torch.cuda.stream(stream):
+            layers.choose_libraries(sizes)
             self._graphs = QuickestSizes(
                 sizes,
                 capture=lambda size: self._capture(size, pool, stream),
                 seconds=lambda graphs: replay_seconds(graphs[1 : 1 + _TIMED_LAYERS]),
             )
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what ran before captures had memory of that stream, which no other uses
 
     @property
     def max_tokens(self) -> int:

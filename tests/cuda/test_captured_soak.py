@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 
 from pipemax.attention import flashinfer
 from pipemax.attention.base import AttentionBackend
+from pipemax.attention.captured_plan import PLANS_VARIABLE, CapturedPlans, captured_plans
 from pipemax.config import LoadFormat
 from pipemax.cuda_options import AttentionChoice, CudaOptions
 from pipemax.plan import NewRequest, StepPlan
@@ -56,14 +57,15 @@ MOST_GROWTH = 1.5
 
 LAYERS = range(2)
 STAGE = StageSlice(0, 1, LAYERS)
-# Weights of a size that leaves attention neither even nor on single keys.
+# Weights of a size that leaves attention neither even nor on single keys; so many heads for keys that the larger graphs
+# have more rows than are ever split (`captured_plan.py`), on GPUs of less than 260 multiprocessors.
 CONFIG = LlamaConfig(
     vocab_size=256,
     hidden_size=512,
     intermediate_size=1024,
     num_hidden_layers=len(LAYERS),
-    num_attention_heads=8,
-    num_key_value_heads=2,
+    num_attention_heads=16,
+    num_key_value_heads=8,
     head_dim=64,
     max_position_embeddings=2 * NUM_STEPS,
     initializer_range=0.05,
@@ -175,6 +177,8 @@ class Side:
     ) -> None:
         self._heard: list[torch.Tensor] = []
         self.store = store
+        assert isinstance(backend, flashinfer.FlashInferAttention)
+        self.most_split_rows = backend.split_workspace.most_split_rows
         self.graphs = None if graphs is None else _Heard(graphs, self._heard)
         heard_model: Any = _Heard(model, self._heard)
         heard_graphs: Any = self.graphs
@@ -259,8 +263,19 @@ def forget_half(casts: Casts, store: KVStore) -> None:
         store.device_pool(layer)[slots[: len(slots) // 2]] = 0
 
 
+@pytest.fixture(params=CapturedPlans)
+def plans_choice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[CapturedPlans]:
+    """In the place of the environment."""
+    monkeypatch.setenv(PLANS_VARIABLE, request.param)
+    captured_plans.cache_clear()
+    yield request.param
+    captured_plans.cache_clear()
+
+
 @pytest.mark.skipif(not flashinfer.is_available(), reason="FlashInfer is not installed")
-def test_captured_steps_do_not_drift_from_steps_without_graphs(device: torch.device, tmp_path: Path) -> None:
+def test_captured_steps_do_not_drift_from_steps_without_graphs(
+    device: torch.device, plans_choice: CapturedPlans, tmp_path: Path
+) -> None:
     cuda = CudaDevice(0)
     casts = Casts(num_steps=NUM_STEPS + COMPARED_STEPS, seed=1)
     sizes = {"num_slots": casts.num_slots, "max_model_len": NUM_STEPS + COMPARED_STEPS + GUEST_TOKENS}
@@ -268,6 +283,7 @@ def test_captured_steps_do_not_drift_from_steps_without_graphs(device: torch.dev
     eager = side(tmp_path, cuda, CudaOptions(cuda_graphs=False), **sizes)
     assert captured.graphs is not None and eager.graphs is None
     assert set(graph_sizes(MAX_ROWS)) <= set(CAST_SIZES)
+    assert graph_sizes(MAX_ROWS)[0] <= captured.most_split_rows < graph_sizes(MAX_ROWS)[-1]
 
     plans = casts.plans()
     errors = differences(captured, eager, itertools.islice(plans, NUM_STEPS))

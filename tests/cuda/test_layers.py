@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, Olmo2Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from pipemax.attention import flashinfer
+from pipemax.attention.flashinfer_plan import SplitWorkspace
 from pipemax.cuda_options import AttentionChoice, CudaOptions
+from pipemax.worker import llama_layers
 from pipemax.worker.decode_graphs import DecodeGraphs
+from pipemax.worker.gemm_library import LIBRARY_VARIABLE, BlasLibrary, GemmLibrary, gemm_library
+from pipemax.worker.gemm_timer import GemmTimer
 from pipemax.worker.gpu_stage import open_attention, use_fast_paths
 from pipemax.worker.layer_ops import FlashInferOps, TorchOps
 from tests.worker.families import FAMILIES, random_model, save_model
@@ -37,6 +44,31 @@ OTHER_CONFIGS = {
     "olmo2": Olmo2Config(**{**SIZES, "num_attention_heads": 4, "head_dim": 64}, attention_bias=True),
     "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=4, moe_intermediate_size=128),
 }
+
+
+class _PreferringTimer(GemmTimer):
+    """Times everything, and says that the other library is the quicker one."""
+
+    def seconds(self, gemms, num_tokens, library):
+        taken = super().seconds(gemms, num_tokens, library)
+        assert taken > 0
+        return 2.0 if library is BlasLibrary.DEFAULT else 1.0
+
+
+@pytest.fixture(params=["measured", "cublaslt", "default"])
+def library(request, monkeypatch):
+    """What GEMMs of captured steps are computed in: as measured, all in the other library, all in torch's own."""
+    if request.param == "cublaslt":
+        monkeypatch.setattr(llama_layers, "GemmTimer", _PreferringTimer)
+    monkeypatch.setenv(LIBRARY_VARIABLE, GemmLibrary.DEFAULT if request.param == "default" else GemmLibrary.QUICKEST)
+    gemm_library.cache_clear()
+    yield request.param
+    gemm_library.cache_clear()
+
+
+def libraries_of(stage, num_tokens: int) -> set[BlasLibrary]:
+    own = stage.own_layers
+    return {own._libraries.of(gemm, num_tokens) for gemm in (own._layers[0].qkv, own._layers[0].down)}
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])
@@ -95,7 +127,7 @@ def test_in_bfloat16_merged_gemms_are_as_near_to_float32_as_transformers_is(devi
 
 @pytest.mark.skipif(not flashinfer.is_available(), reason="FlashInfer is not installed")
 @pytest.mark.parametrize("family", CONFIGS)
-def test_in_bfloat16_every_fast_path_is_as_near_to_float32_as_transformers_is(device, family, tmp_path):
+def test_in_bfloat16_every_fast_path_is_as_near_to_float32_as_transformers_is(device, family, library, tmp_path):
     random_model(CONFIGS[family]).save_pretrained(tmp_path)
     exact = logits_of(Pipeline(tmp_path, 1, device=device, dtype="float32"))
     plain = Pipeline(tmp_path, 1, device=device, dtype="bfloat16")
@@ -108,6 +140,8 @@ def test_in_bfloat16_every_fast_path_is_as_near_to_float32_as_transformers_is(de
             assert stage.use_own_layers(FlashInferOps(), max_model_len=64)
         if graphs:
             stage.capture_pieces(max_tokens=16)
+            if library != "measured":
+                assert libraries_of(stage, 16) == {BlasLibrary[library.upper()]}
         assert (errors(logits_of(fast), exact) < 1.3 * plain_errors + 1e-3).all(), (fused, graphs)
 
 
@@ -162,7 +196,11 @@ def decode_steps() -> list[list[tuple[int, int, list[int]]]]:
 
 @pytest.mark.skipif(not flashinfer.is_available(), reason="FlashInfer is not installed")
 @pytest.mark.parametrize("family", CONFIGS)
-def test_decode_graphs_are_as_near_to_float32_as_steps_without_graphs(device, family, tmp_path):
+@pytest.mark.parametrize("most_split_rows", [32, 2], ids=["planned anew", "from 3 rows on planned once"])
+def test_decode_graphs_are_as_near_to_float32_as_steps_without_graphs(
+    device, family, library, most_split_rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(SplitWorkspace, "most_split_rows", most_split_rows)
     random_model(CONFIGS[family]).save_pretrained(tmp_path)
     exact_pipeline = Pipeline(tmp_path, 1, device=device, dtype="float32")
     exact = [exact_pipeline.step(rows) for rows in decode_steps()]
@@ -176,6 +214,7 @@ def test_decode_graphs_are_as_near_to_float32_as_steps_without_graphs(device, fa
         scratch_slot = max(pipeline.free)
         pipeline.free.remove(scratch_slot)
         if graphs:
+            stage.capture_pieces(max_tokens=5)  # measures; the prompts, which are longer, run without graphs
             captured = DecodeGraphs(
                 stage.own_layers,
                 stage=stage.stage,
@@ -190,3 +229,42 @@ def test_decode_graphs_are_as_near_to_float32_as_steps_without_graphs(device, fa
         if graphs:
             assert pipeline.stages[0].num_served == 11  # all but the steps of six rows
     assert (results[True] < 1.5 * results[False] + 2e-3).all(), results
+
+
+@pytest.mark.skipif(not flashinfer.is_available(), reason="FlashInfer is not installed")
+def test_measuring_libraries_keeps_no_memory_and_leaves_the_setting_as_it_was(device, tmp_path, monkeypatch):
+    monkeypatch.delenv(LIBRARY_VARIABLE, raising=False)
+    gemm_library.cache_clear()
+    random_model(CONFIGS["llama"]).save_pretrained(tmp_path)
+    stage = Pipeline(tmp_path, 1, device=device, dtype="bfloat16").stages[0]
+    stage.use_own_layers(FlashInferOps(), max_model_len=64)
+    before = torch.backends.cuda.preferred_blas_library()
+    held = []
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(3):  # at first libraries take workspaces
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            stage.own_layers.choose_libraries([16, 1024])
+        torch.cuda.synchronize()
+        held.append((torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)))
+    assert held[2] == held[1]
+    assert torch.backends.cuda.preferred_blas_library() == before
+    gemm_library.cache_clear()
+
+
+def test_the_other_library_is_set_inside_only_and_without_a_word():
+    """In a process of its own: torch warns once."""
+    program = (
+        "import torch\n"
+        "from pipemax.worker.gemm_library import BlasLibrary, computing_in\n"
+        "library = torch.backends.cuda.preferred_blas_library\n"
+        "before = library()\n"
+        "for _ in range(2):\n"
+        "    with computing_in(BlasLibrary.CUBLASLT):\n"
+        "        assert library() == torch._C._BlasBackend.Cublaslt\n"
+        "    assert library() == before != torch._C._BlasBackend.Cublaslt\n"
+        "import sys; print('said', file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith("said\n") and "experimental" not in done.stderr
