@@ -40,15 +40,17 @@ def run_stages(stages: list[Callable[[int, int, Path], object]], folder: Path) -
         processes.append(process)
         pipes.append(pipe)
     outcomes = []
-    for pipe in pipes:
-        assert pipe.poll(60), "a stage hangs"
-        try:
-            outcomes.append(pipe.recv())
-        except EOFError:
-            outcomes.append(None)
-    for process in processes:
-        process.kill()
-        process.join()
+    try:
+        for pipe in pipes:
+            assert pipe.poll(60), "a stage hangs"
+            try:
+                outcomes.append(pipe.recv())
+            except EOFError:
+                outcomes.append(None)
+    finally:  # they wait for nothing, and take no notice of SIGTERM
+        for process in processes:
+            process.kill()
+            process.join()
     return outcomes
 
 
