@@ -4,7 +4,7 @@
 
 One stage in this process, dummy weights, every row with the same number of keys. `step` is the time from the end of one
 step to the end of the next, with steps issued ahead; `issue` what the thread needs to issue one for an idle GPU, which
-must stay below it.
+must stay below it. While a variant is prepared the weights are there twice: of a 70B, `--layers 20`.
 Each variant comes with and without blocks going home (a sixteenth of the rows a step, as in decode).
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -20,12 +21,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from pipemax.attention.captured_plan import PLANS_VARIABLE, CapturedPlans, captured_plans
 from pipemax.config import LoadFormat
 from pipemax.cuda_options import AttentionChoice, CudaOptions
 from pipemax.plan import BlockCopies, NewRequest, Phase, StepPlan
 from pipemax.request import SamplingParams
 from pipemax.worker import gpu_stage
 from pipemax.worker.cuda_device import CudaDevice
+from pipemax.worker.gemm_library import LIBRARY_VARIABLE, GemmLibrary, gemm_library
 from pipemax.worker.kv_store import KVStore
 from pipemax.worker.stage_model import StageModel, StageSlice
 from pipemax.worker.stage_worker import StageWorker
@@ -78,6 +81,14 @@ class Decode:
         )
 
 
+def choose_paths(environment: dict[str, str]) -> None:
+    """As a stage process with that environment would."""
+    for variable, choice in ((LIBRARY_VARIABLE, gemm_library), (PLANS_VARIABLE, captured_plans)):
+        os.environ.pop(variable, None)
+        choice.cache_clear()
+    os.environ.update(environment)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
@@ -113,23 +124,26 @@ def main() -> None:
         allocate_home=device.allocate_home,
         layers_per_copy=layers_per_copy(device.torch_device),
     )
-    variants: dict[str, CudaOptions] = {
-        "transformers forward": CudaOptions(fused_layers=False),
-        "own layers": CudaOptions(cuda_graphs=False),
-        "own layers in graphs": CudaOptions(),
-        "decode graphs": CudaOptions(),
+    variants: dict[str, tuple[CudaOptions, dict[str, str]]] = {
+        "transformers forward": (CudaOptions(fused_layers=False), {}),
+        "own layers": (CudaOptions(cuda_graphs=False), {}),
+        "own layers in graphs": (CudaOptions(), {}),
+        "decode graphs": (CudaOptions(), {}),
+        "decode graphs, default GEMM library": (CudaOptions(), {LIBRARY_VARIABLE: GemmLibrary.DEFAULT}),
+        "decode graphs, planned each step": (CudaOptions(), {PLANS_VARIABLE: CapturedPlans.EACH_STEP}),
     }
     backend = gpu_stage.open_attention(model, AttentionChoice.FLASHINFER)
     results = []
     next_id = next_step = 0
-    for name, options in variants.items():
+    for name, (options, environment) in variants.items():
         if arguments.variants is not None and name not in arguments.variants:
             continue
+        choose_paths(environment)
         started = time.monotonic()
         gpu_stage.use_fast_paths(model, options, max_model_len=arguments.keys + STEPS, max_num_seqs=most_rows)
         gpu_stage.run_largest_step(model, num_tokens=most_rows, num_rows=most_rows)
         decode_graphs = None
-        if name == "decode graphs":
+        if name.startswith("decode graphs"):
             decode_graphs = gpu_stage.capture_decode(
                 model,
                 backend,

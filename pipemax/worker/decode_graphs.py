@@ -94,7 +94,6 @@ class DecodeGraphs:
         with torch.cuda.stream(stream):
             self._steps = QuickestSizes(sizes, capture=capture, seconds=lambda step: replay_seconds(step.graphs[:1]))
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what ran before captures had memory of that stream, which no other uses
 
     @property
     def num_graphs(self) -> int:

@@ -220,5 +220,5 @@ class _Prober:
         if received_TH is not None and not torch.equal(received_TH, message_TH):
             raise ConfigError(
                 f"what stage {self._stage - 1} sends over {medium} arrives changed at stage {self._stage}: set "
-                f"NCCL_P2P_DISABLE=1, or {MEDIUM_VARIABLE}=host"
+                f"{MEDIUM_VARIABLE}=host, or nccl and NCCL_P2P_DISABLE=1"
             )

@@ -90,6 +90,8 @@ class SharedRing:
                 )
         seen_by_device = device_view(self._bytes, device) if self._registered else self._bytes
         self._places = seen_by_device.view(torch.uint8)[_HEADER_BYTES:].view(shape.num_places, shape.place_bytes)
+        # The driver loads a kernel when it is first used, and not while a stream waits: now, when none does.
+        torch.bitwise_or(self._places[0, :4].view(torch.int32), 0)
         self.sent_address = self._bytes.data_ptr()
         self.taken_address = self.sent_address + _COUNTER_BYTES
         self._counters = self._bytes[: 2 * _COUNTER_BYTES].view(torch.int32)

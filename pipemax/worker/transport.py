@@ -114,7 +114,7 @@ def wait_for_device(device: torch.device) -> None:
         if time.monotonic() > deadline_seconds:
             raise LinkError(
                 f"a message between GPUs did not come within {CONNECT_TIMEOUT.total_seconds():g} s: set "
-                f"NCCL_P2P_DISABLE=1, or {MEDIUM_VARIABLE}=host"
+                f"{MEDIUM_VARIABLE}=host, or nccl and NCCL_P2P_DISABLE=1"
             )
         time.sleep(0)  # other threads of this process may have to send something
 

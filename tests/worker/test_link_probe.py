@@ -169,7 +169,8 @@ def meets_a_wrong_medium(stage: int, num_stages: int, rendezvous: Path) -> objec
 def test_a_medium_that_changes_messages_is_found_out(tmp_path: Path) -> None:
     lost, told = run_stages([meets_a_wrong_medium] * 2, tmp_path)
     assert told == (
-        "what stage 0 sends over nccl arrives changed at stage 1: set NCCL_P2P_DISABLE=1, or PIPEMAX_STAGE_LINK=host"
+        "what stage 0 sends over nccl arrives changed at stage 1: set PIPEMAX_STAGE_LINK=host, or nccl and "
+        "NCCL_P2P_DISABLE=1"
     )
     assert isinstance(lost, LinkError) and "stage 0 lost another stage while links were measured" in str(lost)
 
