@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -237,18 +237,12 @@ def _connect(settings: StageSettings, device: torch.device, start_up: StartUp) -
     """Links over the medium that serves this machine best."""
     stage = settings.stage
     start_up.begin("connecting to the other stages")
+    common: dict[str, Any] = {"stage": stage.stage, "num_stages": stage.num_stages, "rendezvous": settings.rendezvous}
+    if stage.num_stages == 1:
+        return StageLinks(**common)
     gpus = [settings.cuda.device_of_stage(number) for number in range(stage.num_stages)]
-    links = {
-        medium: StageLinks(
-            stage=stage.stage,
-            num_stages=stage.num_stages,
-            rendezvous=settings.rendezvous,
-            device=device,
-            medium=medium,
-        )
-        for medium in possible_media(device, gpus=gpus)
-    }
-    if stage.num_stages == 1 or (len(links) == 1 and device.type == "cpu"):
+    links = {medium: StageLinks(**common, device=device, medium=medium) for medium in possible_media(device, gpus=gpus)}
+    if len(links) == 1 and device.type == "cpu":
         return next(iter(links.values()))
     start_up.begin("measuring the links")
     config = read_config(

@@ -95,7 +95,8 @@ def test_a_message_that_never_comes_is_an_error_with_the_remedy(medium: LinkMedi
     need_gpus(2)
     sender, receiver = run_stages([partial(waits_in_vain, medium)] * 2, tmp_path)
     assert sender is None
-    assert isinstance(receiver, LinkError) and "set PIPEMAX_STAGE_LINK=host, or nccl and NCCL_P2P_DISABLE=1" in str(receiver)
+    assert isinstance(receiver, LinkError)
+    assert "set PIPEMAX_STAGE_LINK=host, or nccl and NCCL_P2P_DISABLE=1" in str(receiver)
 
 
 def probes_then_runs(preferred: LinkMedium | None, stage: int, num_stages: int, rendezvous: Path) -> object:
