@@ -49,7 +49,7 @@ class Killer:
     def start_loading(self) -> None:
         """A pipeline is about to be started."""
         if self.next_is_load:
-            delay = self._rng.uniform(0.0, 0.5)
+            delay = self._rng.uniform(0.0, 0.3)
             threading.Thread(target=self._kill_loading, args=(self._points[0], delay), daemon=True).start()
 
     def on_submit(self, plan: StepPlan, **_: Any) -> None:
@@ -78,8 +78,10 @@ class Killer:
     def _kill_loading(self, point: dict[str, Any], delay_seconds: float) -> None:
         while self._pid_of(point["victim"], at_any_rate=False) is None:
             time.sleep(0.001)
+        time.sleep(delay_seconds)
+        # Not before: should loading be over by now, the next point has waited.
         assert self._points.pop(0) is point
-        self._kill(point, delay_seconds)
+        self._kill(point, 0.0)
 
     def _kill(self, point: dict[str, Any], delay_seconds: float) -> None:
         time.sleep(delay_seconds)
