@@ -182,7 +182,7 @@ def main() -> None:
                     if turn >= STEPS - ISSUE_STEPS:
                         torch.cuda.synchronize()
                     began = time.monotonic()
-                    steps.append(worker.run_step(plan))
+                    steps += worker.run_step(plan)
                     issue_seconds.append(time.monotonic() - began)
                 finished = np.array([step.report().finished_seconds for step in steps])
                 step_seconds = np.diff(finished)[WARM_UP_STEPS:-ISSUE_STEPS]

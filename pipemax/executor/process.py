@@ -38,7 +38,7 @@ from pipemax.model_spec import ModelSpec
 from pipemax.plan import Capacity, Int64Array, StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from pipemax.worker.stage_worker import StageReport
+    from pipemax.worker.running_step import StageReport
     from pipemax.worker.start_up import StartUpPart
 
 _BEAT_SECONDS = 1.0
@@ -116,11 +116,12 @@ class ProcessExecutor:
         start_server()
         from pipemax.worker.device import resolve_device
         from pipemax.worker.loader import check_checkpoint
-        from pipemax.worker.stage_model import StageSlice, split_layers
+        from pipemax.worker.model_slice import StageSlice, head_place, split_layers
         from pipemax.worker.stage_process import KVSize, StageLoaded, StageReady, StageSettings
 
         cuda = cuda or CudaOptions()
         model_len = max_model_len or spec.max_position_embeddings
+        head = head_place()
         device = resolve_device(device, num_stages=num_stages, stage_devices=cuda.stage_devices)
         check_checkpoint(model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=model_len)
         layers_of = split_layers(spec.num_layers, num_stages) if choose_layers is None else choose_layers(device)
@@ -129,7 +130,7 @@ class ProcessExecutor:
             stages = StageGroup(
                 [
                     StageSettings(
-                        stage=StageSlice(index, num_stages, layers),
+                        stage=StageSlice(index, num_stages, layers, head),
                         model_dir=model_dir,
                         rendezvous=Path(private_dir) / "rendezvous",
                         device=device,
@@ -235,7 +236,7 @@ class ProcessExecutor:
         self._finalizer()
 
     def _note(self, stage: int, message: object) -> None:
-        from pipemax.worker.stage_worker import StageReport
+        from pipemax.worker.running_step import StageReport
 
         assert isinstance(message, StageReport)
         for step in self._submitted:
@@ -249,15 +250,15 @@ class ProcessExecutor:
         while self._submitted and None not in self._submitted[0].reports:
             step = self._submitted.popleft()
             reports = [report for report in step.reports if report is not None]
-            last = reports[-1]
-            assert last.token_ids is not None and len(last.token_ids) == len(step.sampled_request_ids)
+            (sampling,) = (report for report in reports if report.token_ids is not None)
+            assert sampling.token_ids is not None and len(sampling.token_ids) == len(step.sampled_request_ids)
             yield StepResult(
                 step_id=step.step_id,
                 batch_id=step.batch_id,
                 request_ids=step.sampled_request_ids,
-                token_ids=last.token_ids.astype(np.int32, copy=False),
-                logprobs=last.logprobs,
-                row_errors=dict(last.row_errors or {}),
+                token_ids=sampling.token_ids.astype(np.int32, copy=False),
+                logprobs=sampling.logprobs,
+                row_errors=dict(sampling.row_errors or {}),
                 finished_seconds=max(report.finished_seconds for report in reports),
                 timings=tuple(report.timing for report in reports),
             )

@@ -149,7 +149,14 @@ def run_largest_step(model: StageModel, *, num_tokens: int, num_rows: int, num_k
         step_context=StepContext(nothing, nothing, nothing),
     )
     kept.clear()
-    if stage.is_last:
-        model.logits(output_TH[:num_rows])
-        Sampler(vocab_size=model.spec.vocab_size, device=device).warm_up(num_rows, dtype=dtype)
+    vocab_size = model.spec.vocab_size
+    if stage.has_head:
+        logits_SV = model.logits(output_TH[:num_rows])
+        if stage.samples and stage.shares_head:
+            others_SV = logits_SV.new_empty(num_rows, vocab_size - logits_SV.shape[1])
+            logits_SV = torch.cat([others_SV, logits_SV], dim=1)
+            del others_SV
+        del logits_SV
+    if stage.samples:
+        Sampler(vocab_size=vocab_size, device=device).warm_up(num_rows, dtype=dtype)
     torch.cuda.synchronize(device)

@@ -7,12 +7,16 @@ index per-layer settings by position (a shortened list would be silently wrong):
     stage 0        embed_tokens  [ l0  l1  ..  .. ]  pass         .. = PassThrough
     stage 1 (last) absent        [ ..  ..  l2  l3 ]  norm  head   (embed_tokens too where the head is tied to it)
 
+The head may be cut by the vocabulary's rows, half of it on either end (`HeadPlace`).
+
 What cannot be cut, or would give other numbers than the whole model, is refused with the reason (ModelNotSupported).
 Reading weights is `loader.py`'s; running a stage is `stage_model.py`'s.
 """
 
 from __future__ import annotations
 
+import enum
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from transformers import (
 from pipemax.config import ConfigError, LoadFormat
 from pipemax.model_spec import ModelSpec
 from pipemax.worker.attention_hook import ATTENTION_NAME, register
+from pipemax.worker.chosen_path import chosen_path
 
 _BASE_PARTS = ("embed_tokens", "layers", "norm")
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -38,6 +43,9 @@ _PROBE_NAME = "pipemax_probe"
 # What a layer may hand to attention: what the hook heeds, and what says nothing new (the model's own keywords).
 _ATTENTION_OPTIONS = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "dropout"})
 _MODEL_OPTIONS = frozenset({"position_ids", "use_cache", "step_context"})
+HEAD_VARIABLE = "PIPEMAX_HEAD"
+# Rows of a matrix that GEMM kernels do not like to be cut within.
+_HEAD_ROWS_MULTIPLE = 64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,13 +53,30 @@ class ModelNotSupported(ConfigError):  # noqa: N818 (it says what it is)
     """The model cannot run as a pipeline of stages here. The message says which model and why."""
 
 
+class HeadPlace(enum.StrEnum):
+    """Where logits come from in a pipeline of several stages.
+
+    LAST: the last stage has the head, and samples. ENDS: the last stage has the first half of the vocabulary and the
+    first stage the second half, and samples, since that is where sampled tokens are needed.
+    """
+
+    LAST = "last"
+    ENDS = "ends"
+
+
+def head_place() -> HeadPlace:
+    """What the environment says. Raises ConfigError for a value that is none."""
+    return chosen_path(HEAD_VARIABLE, HeadPlace.LAST)
+
+
 @dataclass(frozen=True, slots=True)
 class StageSlice:
-    """The layers (global indices) of one stage. The first stage embeds, the last has final norm and head."""
+    """What of a model one stage has: layers by their global indices; the first embeds, the last has the final norm."""
 
     stage: int
     num_stages: int
     layers: range
+    head: HeadPlace = HeadPlace.LAST
 
     @property
     def is_first(self) -> bool:
@@ -60,6 +85,27 @@ class StageSlice:
     @property
     def is_last(self) -> bool:
         return self.stage == self.num_stages - 1
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether this stage has one of two parts of the head."""
+        return self.num_stages > 1 and self.head is HeadPlace.ENDS and (self.is_first or self.is_last)
+
+    @property
+    def has_head(self) -> bool:
+        return self.is_last or self.shares_head
+
+    @property
+    def samples(self) -> bool:
+        return self.is_first if self.shares_head else self.is_last
+
+    def head_rows(self, vocab_size: int) -> range:
+        """Token ids whose logits this stage computes. Only where it has a head."""
+        assert self.has_head
+        if not self.shares_head:
+            return range(vocab_size)
+        half = min(vocab_size, math.ceil(vocab_size / 2 / _HEAD_ROWS_MULTIPLE) * _HEAD_ROWS_MULTIPLE)
+        return range(half) if self.is_last else range(half, vocab_size)
 
 
 def split_layers(num_layers: int, num_stages: int) -> list[range]:
@@ -336,20 +382,46 @@ def check_attention_calls(model: PreTrainedModel, *, name: str, spec: ModelSpec)
 
 
 def keep_slice(model: PreTrainedModel, stage: StageSlice, *, tied_head: bool) -> None:
-    """Removes what the stage does not compute from a meta model. A tied head loses its own weight (see `tie_head`)."""
+    """Removes what the stage does not compute from a meta model, but for rows of the head. A tied head loses its own
+    weight (see `finish_head`)."""
     base = base_of(model)
     for layer in range(len(base.layers)):
         if layer not in stage.layers:
             base.layers[layer] = PassThrough()
-    if not (stage.is_first or (stage.is_last and tied_head)):
+    if not (stage.is_first or (stage.has_head and tied_head)):
         base.embed_tokens = PassThrough()
     if not stage.is_last:
         base.norm = PassThrough()
+    if not stage.has_head:
         model.set_output_embeddings(PassThrough())  # type: ignore[no-untyped-call]
     elif tied_head:
         head_of(model).weight = None
 
 
-def tie_head(model: PreTrainedModel) -> None:
-    """Gives the head the embedding's weight, once that is loaded."""
-    head_of(model).weight = base_of(model).embed_tokens.weight
+def finish_head(model: PreTrainedModel, stage: StageSlice, *, tied_head: bool) -> None:
+    """Gives a tied head the embedding's weight, once that is loaded, and cuts a shared one to the stage's rows.
+
+    Raises ModelNotSupported where the head is no matrix that can be cut.
+    """
+    if not stage.has_head:
+        return
+    base, head = base_of(model), head_of(model)
+    if tied_head:
+        head.weight = base.embed_tokens.weight
+    if not stage.shares_head:
+        return
+    if type(head) is not nn.Linear:
+        raise ModelNotSupported(
+            f"{model.config.model_type}: its head is a {type(head).__name__}, which cannot be cut in two; set "
+            f"{HEAD_VARIABLE}=last"
+        )
+    rows = stage.head_rows(len(head.weight))
+    # Rows of an embedding that stays are a view of it; of all else the rest is to be given back.
+    shares_memory = tied_head and stage.is_first
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        part = parameter[rows.start : rows.stop]
+        kept = part if shares_memory and name == "weight" else part.clone()
+        setattr(head, name, nn.Parameter(kept, requires_grad=False))
+    head.out_features = len(rows)
+    if not stage.is_first:
+        base.embed_tokens = PassThrough()

@@ -34,11 +34,11 @@ from pipemax.worker.model_slice import (
     StageSlice,
     check_passes_hidden_through,
     empty_model,
+    finish_head,
     keep_slice,
     read_config,
     resolve_dtype,
     split_layers,
-    tie_head,
 )
 from pipemax.worker.piece_graphs import PieceGraphs
 
@@ -104,8 +104,7 @@ class StageModel:
             fill_dummy(model, seed=seed, device=device)
         else:
             load_weights(model, checkpoint, device)
-        if stage.is_last and tied_head:
-            tie_head(model)
+        finish_head(model, stage, tied_head=tied_head)
         return cls(model=model, spec=ModelSpec.from_config(config, name=model_dir.name), stage=stage, device=device)
 
     @property
@@ -190,10 +189,11 @@ class StageModel:
 
     @torch.inference_mode()
     def logits(self, hidden_SH: Tensor) -> Tensor:
-        """Logits [S, V] of the last stage's hidden states, as the family's own head computes them, in its dtype.
+        """Logits [S, V] of the last stage's hidden states, as the family's own head computes them, in its dtype; those
+        of the stage's part of the vocabulary where the head is shared.
 
         A float32 copy of all of them would take memory from KV: who needs one makes it of the rows that need it.
         """
-        assert self.stage.is_last
+        assert self.stage.has_head
         logits: Tensor = self._head(inputs_embeds=hidden_SH[None], use_cache=False).logits[0]
         return logits

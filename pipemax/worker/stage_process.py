@@ -41,10 +41,11 @@ from pipemax.worker.device import Device, open_device, set_threads
 from pipemax.worker.kv_store import KVStore
 from pipemax.worker.link import LinkError
 from pipemax.worker.link_probe import StepMessages, probe_links
-from pipemax.worker.model_slice import read_config, resolve_dtype
+from pipemax.worker.model_slice import HeadPlace, read_config, resolve_dtype
 from pipemax.worker.pulse import Pulse, dump_stacks_on_signal
+from pipemax.worker.running_step import RunningStep
 from pipemax.worker.stage_model import StageModel, StageSlice
-from pipemax.worker.stage_worker import RunningStep, StageWorker
+from pipemax.worker.stage_worker import StageWorker
 from pipemax.worker.start_up import StartUp, StartUpPart
 from pipemax.worker.transfer import layers_per_copy
 from pipemax.worker.transport import StageLinks, possible_media
@@ -237,7 +238,12 @@ def _connect(settings: StageSettings, device: torch.device, start_up: StartUp) -
     """Links over the medium that serves this machine best."""
     stage = settings.stage
     start_up.begin("connecting to the other stages")
-    common: dict[str, Any] = {"stage": stage.stage, "num_stages": stage.num_stages, "rendezvous": settings.rendezvous}
+    common: dict[str, Any] = {
+        "stage": stage.stage,
+        "num_stages": stage.num_stages,
+        "rendezvous": settings.rendezvous,
+        "returns_halves": stage.head is HeadPlace.ENDS,
+    }
     if stage.num_stages == 1:
         return StageLinks(**common)
     gpus = [settings.cuda.device_of_stage(number) for number in range(stage.num_stages)]
@@ -374,16 +380,26 @@ def _run_plans(
         coming.append(_as_plan(message))
         worker.expect_input(coming[-1])
 
-    while True:
-        if not coming:
-            pulse.wait()
-            take(inbox.get())
+    def take_all() -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 take(inbox.get_nowait())
-        plan = coming.popleft()
-        pulse.begin_step(plan.step_id)
-        report_on(worker.run_step(plan))
+
+    while True:
+        take_all()
+        if not coming and (waiting := worker.waiting_step_id) is not None:
+            pulse.begin_step(waiting)
+            steps = worker.finish_waiting_step()
+        else:
+            if not coming:
+                pulse.wait()
+                take(inbox.get())
+                take_all()
+            plan = coming.popleft()
+            pulse.begin_step(plan.step_id)
+            steps = worker.run_step(plan)
+        for step in steps:
+            report_on(step)
 
 
 def _as_plan(message: bytes) -> StepPlan:

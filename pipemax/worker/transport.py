@@ -3,6 +3,7 @@
     stage 0 --hidden--> stage 1 --hidden--> ... --hidden--> stage N-1
        ^                                                       |
        +------------------------ tokens -----------------------+
+              (or hidden states and half of their logits)
 
 A link each, so nothing on one waits for another. Both ends of a link handle steps in plan order and know every shape
 from the plan: messages carry no metadata. A step without rows sends no activations, one without samples samples no
@@ -24,6 +25,7 @@ faster one (`link_probe.py`).
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -130,19 +132,23 @@ class StageLinks:
         rendezvous: Path,
         device: torch.device = _CPU,
         medium: LinkMedium = LinkMedium.HOST,
+        returns_halves: bool = False,
     ) -> None:
         """Connects to the stages beside this one; all stages must be in this call. A single stage has no links.
 
         `rendezvous` is an empty place in a private folder, the same for all stages; they meet there once, whatever
         number of links over other media they make after that. Sockets stay on the loopback interface. `device` is
-        where tensors to send are, and where those that come will be. Raises LinkError when a peer does not come, and
-        ConfigError when there is no memory to share.
+        where tensors to send are, and where those that come will be. `returns_halves`: what goes from the last stage
+        to the first is what that one samples from, rather than tokens. Raises LinkError when a peer does not come,
+        and ConfigError when there is no memory to share.
         """
         self._device = device
         self._medium = medium
         self._stage = stage
         self._num_stages = num_stages
+        self._return_ring = _HIDDEN_RING if returns_halves else _TOKEN_RING
         self._hidden_shape: tuple[int, torch.dtype] | None = None
+        self._half_shape: tuple[int, torch.dtype] | None = None
         # To and from the neighbours in the ring: of the last stage's messages and of those to the first, tokens.
         self._sender: LinkSender | None = None
         self._receiver: LinkReceiver | None = None
@@ -214,6 +220,30 @@ class StageLinks:
         assert self._receiver is not None and self._stage == 0
         return self._receiver.receive()
 
+    def set_half(self, num_logits: int, dtype: torch.dtype) -> None:
+        """First stage: what the last one's part of a row's logits looks like."""
+        self._half_shape = (num_logits, dtype)
+
+    def send_half(self, hidden_SH: Tensor, logits_Sv: Tensor) -> None:
+        """Last stage, in the place of tokens: hidden states of a step's rows that sample, S > 0, and its part of their
+        logits; both must not change any more. Raises LinkError."""
+        assert self._sender is not None and self._is_last
+        for tensor in (hidden_SH, logits_Sv):
+            self._sender.send(tensor.contiguous())
+
+    def expect_half(self, num_rows: int) -> None:
+        """First stage, right after handing a step on: what it samples from is to come."""
+        assert self._receiver is not None and self._stage == 0
+        for shape in (self._hidden_shape, self._half_shape):
+            assert shape is not None
+            width, dtype = shape
+            self._receiver.expect(functools.partial(torch.empty, num_rows, width, dtype=dtype, device=self._device))
+
+    def receive_half(self) -> tuple[Tensor, Tensor]:
+        """First stage: what `send_half` was given of the oldest step; as `receive_hidden`. Raises LinkError."""
+        assert self._receiver is not None and self._stage == 0
+        return self._receiver.receive(), self._receiver.receive()
+
     def finish_sends(self) -> None:
         """Waits for what is on its way, or makes later compute wait, and lets go of it. Raises LinkError."""
         if self._sender is not None:
@@ -239,7 +269,7 @@ class StageLinks:
 
     def _share_rings(self) -> None:
         """Every stage makes the memory of the link that begins at it, and opens that of the stage before."""
-        own = SharedRing.create(_TOKEN_RING if self._is_last else _HIDDEN_RING, self._device)
+        own = SharedRing.create(self._return_ring if self._is_last else _HIDDEN_RING, self._device)
         self._rings.append(own)
         addresses: list[Any] = [None] * self._num_stages
         dist.all_gather_object(addresses, own.address)
