@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipemax import LLM, SamplingParams
+from pipemax.worker.model_slice import HEAD_VARIABLE
 from tests.worker.families import FAMILIES, VOCAB_SIZE, save_model
 
 PROMPT_LENGTHS = (3, 17, 9, 40, 26, 33, 5)
@@ -66,10 +67,13 @@ def start(folder, *, num_stages: int, memory: str, **settings) -> LLM:
     )
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
-def test_tokens_equal_transformers(family, prompts, num_stages, memory):
+CASES = [(num_stages, memory, "last") for num_stages in (1, 2, 3, 4) for memory in MEMORY]
+
+
+@pytest.mark.parametrize(("num_stages", "memory", "head"), [*CASES, (2, "tight", "ends"), (3, "tight", "ends")])
+def test_tokens_equal_transformers(family, prompts, monkeypatch, num_stages, memory, head):
     folder, expected = family
+    monkeypatch.setenv(HEAD_VARIABLE, head)
     with start(folder, num_stages=num_stages, memory=memory) as llm:
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True))
         stats = llm.stats()

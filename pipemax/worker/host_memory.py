@@ -38,8 +38,9 @@ class HostMemory:
         free = free_host_bytes()
         if num_bytes > free:
             raise ConfigError(
-                f"{num_bytes / GIB:.1f} GiB of host memory for KV homes is more than the {free / GIB:.1f} GiB that "
-                "this process may still take (free memory, cut by its control group's limit): lower host_memory_gib"
+                f"{num_bytes / GIB:.1f} GiB of host memory for KV homes or weights is more than the {free / GIB:.1f} "
+                "GiB that this process may still take (free memory, cut by its control group's limit): lower "
+                "host_memory_gib"
             )
         self._mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without them

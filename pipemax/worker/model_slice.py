@@ -57,7 +57,8 @@ class HeadPlace(enum.StrEnum):
     """Where logits come from in a pipeline of several stages.
 
     LAST: the last stage has the head, and samples. ENDS: the last stage has the first half of the vocabulary and the
-    first stage the second half, and samples, since that is where sampled tokens are needed.
+    first stage the second half, and samples, since that is where sampled tokens are needed; on a GPU its embedding is
+    in host memory then.
     """
 
     LAST = "last"

@@ -14,6 +14,7 @@ Shape letters: T new tokens of all rows, H hidden size, S rows that sample, V vo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from pipemax.worker.model_slice import (
     split_layers,
 )
 from pipemax.worker.piece_graphs import PieceGraphs
+from pipemax.worker.upload import device_view
 
 __all__ = ["ModelNotSupported", "StageModel", "StageSlice", "split_layers"]
 
@@ -124,6 +126,24 @@ class StageModel:
         assert self._own_layers is None or self._merged is None, "the merged weights would be held twice"
         return self._own_layers is not None
 
+    @torch.inference_mode()
+    def move_embedding(self, allocate_home: Callable[[int], Tensor]) -> None:
+        """From now on the embedding of a first stage on a GPU is in host memory, where kernels read the rows they need.
+
+        `allocate_home` gives bytes that the GPU can read. Before `use_own_layers`.
+        """
+        assert self.stage.is_first and self._own_layers is None and self.device.type == "cuda"
+        module: Any = self._base.embed_tokens
+        weight: Tensor = module.weight
+        head: Any = self._head.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if head is not None and _share_memory(head.weight, weight):
+            head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+        home = allocate_home(weight.nbytes)
+        home.view(weight.dtype).view(weight.shape).copy_(weight)
+        seen = device_view(home, self.device).view(weight.dtype).view(weight.shape)
+        module.weight = nn.Parameter(seen, requires_grad=False)
+        torch.cuda.empty_cache()
+
     def merge_linears(self) -> MergedLinears:
         """From now on q, k and v of a layer are one GEMM in Transformers' forward, and so are gate and up.
 
@@ -197,3 +217,7 @@ class StageModel:
         assert self.stage.has_head
         logits: Tensor = self._head(inputs_embeds=hidden_SH[None], use_cache=False).logits[0]
         return logits
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

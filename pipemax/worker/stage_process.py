@@ -203,6 +203,9 @@ def _serve(settings: StageSettings, inbox: queue.SimpleQueue[bytes], reports: _R
             trust_remote_code=settings.trust_remote_code,
             max_model_len=settings.max_model_len,
         )
+        if stage.is_first and stage.shares_head and device.torch_device.type == "cuda":
+            start_up.begin("moving the embedding to host memory")
+            model.move_embedding(device.allocate_home)
         backend, free_device_bytes = _prepare(settings, model, links, start_up)
     geometry = model.spec.kv_geometry(block_size=settings.block_size, dtype_bytes=model.dtype.itemsize)
     reports.send(StageLoaded(geometry.block_bytes(stage.layers), free_device_bytes))

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipemax import LLM, SamplingParams
+from pipemax.worker.model_slice import HEAD_VARIABLE, HeadPlace
 from tests.cuda.test_layers import CONFIGS
 from tests.test_exactness import BLOCK_SIZE, LONGEST_BLOCKS, MEMORY, NUM_TOKENS, family, prompts  # noqa: F401
 from tests.worker.families import random_model
@@ -137,9 +138,11 @@ def test_ten_thousand_steps_with_the_smallest_window_give_the_tokens_of_plenty(m
     assert all(lead_of_first_difference(model, *triple) < NEAR_TIE for triple in differing)
 
 
+@pytest.mark.parametrize("head", list(HeadPlace))
 @pytest.mark.parametrize("where", ["one gpu", "a gpu each"])
 @pytest.mark.parametrize("async_scheduling", [True, False])
-def test_two_stages_and_sampled_tokens_that_travel(model, async_scheduling, where):
+def test_two_stages_and_sampled_tokens_that_travel(model, monkeypatch, async_scheduling, where, head):
+    monkeypatch.setenv(HEAD_VARIABLE, head)
     count = 40
     prompts, params = random_prompts(count), random_params(count)  # noqa: F811
     common = {"dtype": "float32", "max_model_len": 192, "max_num_seqs": 8, "num_device_blocks": 200}

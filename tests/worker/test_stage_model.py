@@ -10,8 +10,9 @@ from pipemax.attention.reference import ReferenceAttention
 from pipemax.config import ConfigError, LoadFormat
 from pipemax.model_spec import ModelSpec
 from pipemax.worker.attention_hook import StepContext
+from pipemax.worker.cuda_device import CudaDevice
 from pipemax.worker.kv_store import KVStore
-from pipemax.worker.model_slice import resolve_dtype
+from pipemax.worker.model_slice import HeadPlace, resolve_dtype
 from pipemax.worker.stage_model import StageModel, StageSlice, split_layers
 from tests.worker.families import FAMILIES, VOCAB_SIZE, save_model
 
@@ -34,19 +35,32 @@ class NoFences:
 class Pipeline:
     """Stages in one process, one after the other, over paged KV with shuffled slots."""
 
-    def __init__(self, folder, num_stages, *, load_format=LoadFormat.AUTO, dtype="auto", seed=0, device=CPU):
+    def __init__(
+        self,
+        folder,
+        num_stages,
+        *,
+        load_format=LoadFormat.AUTO,
+        dtype="auto",
+        seed=0,
+        device=CPU,
+        head=HeadPlace.LAST,
+    ):
         self.stages, self.stores, self.device = [], [], device
         num_layers = ModelSpec.from_pretrained(folder).num_layers
         for stage, layers in enumerate(split_layers(num_layers, num_stages)):
             model = StageModel.load(
                 model_dir=folder,
-                stage=StageSlice(stage, num_stages, layers),
+                stage=StageSlice(stage, num_stages, layers, head),
                 load_format=load_format,
                 dtype=dtype,
                 device=device,
                 seed=seed,
                 trust_remote_code=False,
             )
+            if model.stage.is_first and model.stage.shares_head and device.type == "cuda":
+                self.cuda = CudaDevice(device.index)
+                model.move_embedding(self.cuda.allocate_home)
             self.stages.append(model)
             self.stores.append(
                 KVStore(
@@ -91,7 +105,8 @@ class Pipeline:
                 step_context=StepContext(self.backend, store, fences),
             )
             assert fences.entered == list(model.stage.layers)
-        return self.stages[-1].logits(hidden).cpu()
+        parts = [model.logits(hidden) for model in reversed(self.stages) if model.stage.has_head]
+        return torch.cat(parts, dim=-1).cpu()
 
 
 def last_of_rows(logits, rows):
@@ -129,15 +144,44 @@ def test_equals_the_whole_model(folders, family, num_stages):
     run_against_the_whole_model(*folders(family), num_stages, device=CPU, tolerance=1e-5)
 
 
-@pytest.mark.cuda
+@pytest.mark.parametrize("num_stages", [2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_whole_model_on_a_gpu(folders, family):
-    run_against_the_whole_model(*folders(family), 3, device=cuda_or_skip(), tolerance=1e-4)
+def test_equals_the_whole_model_with_half_of_the_head_on_either_end(folders, family, num_stages):
+    folder, whole = folders(family)
+    run_against_the_whole_model(folder, whole, num_stages, device=CPU, tolerance=1e-5, head=HeadPlace.ENDS)
 
 
-def run_against_the_whole_model(folder, whole, num_stages, *, device, tolerance):
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2: the head is tied, logits have a soft cap
+def test_a_shared_head_is_held_once(folders, family):
+    folder, whole = folders(family)
+    tied = whole.config.tie_word_embeddings
+    alone, shared = (Pipeline(folder, 2, head=head).stages for head in HeadPlace)
+    matrix = whole.get_output_embeddings().weight
+    rows = [len(model.stage.head_rows(VOCAB_SIZE)) for model in shared]
+    assert sum(rows) == VOCAB_SIZE and min(rows) > 0
+    row_bytes = matrix.element_size() * matrix.shape[1]
+    storages = [{p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in held(model)} for model in shared]
+    before = [sum(p.nbytes for p in {id(p): p for p in held(model)}.values()) for model in alone]
+    # The first stage of a tied one has the embedding anyhow.
+    gained = [0 if tied else rows[0] * row_bytes, -rows[0] * row_bytes]
+    assert [sum(sizes.values()) for sizes in storages] == [b + g for b, g in zip(before, gained, strict=True)]
+
+
+def held(model):
+    return [*model._base.parameters(), *model._head.parameters()]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("head", list(HeadPlace))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_whole_model_on_a_gpu(folders, family, head):
+    folder, whole = folders(family)
+    run_against_the_whole_model(folder, whole, 3, device=cuda_or_skip(), tolerance=1e-4, head=head)
+
+
+def run_against_the_whole_model(folder, whole, num_stages, *, device, tolerance, head=HeadPlace.LAST):
     assert len(list(folder.glob("*.safetensors"))) > 2
-    pipeline = Pipeline(folder, num_stages, device=device)
+    pipeline = Pipeline(folder, num_stages, device=device, head=head)
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator) for n in (9, 17, 4)]
 

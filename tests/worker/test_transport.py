@@ -103,6 +103,35 @@ def test_many_steps_in_flight_arrive_whole_and_in_order(num_stages: int, tmp_pat
     assert answers == [[(step + added) * HIDDEN] * samples for step, (_, samples) in enumerate(STEPS) if samples]
 
 
+def many_halves(stage: int, num_stages: int, rendezvous: Path) -> object:
+    """The last stage sends of each step what it is and its negative; the first takes all of them at the end."""
+    links = StageLinks(stage=stage, num_stages=num_stages, rendezvous=rendezvous, returns_halves=True)
+    KEPT.append(links)
+    links.set_hidden(HIDDEN, torch.bfloat16)
+    if stage == num_stages - 1:
+        for step, (num_rows, _) in enumerate(STEPS):
+            hidden_SH = torch.full((num_rows, HIDDEN), float(step), dtype=torch.bfloat16)
+            links.send_half(hidden_SH, torch.full((num_rows, 40), -float(step)))
+    if stage > 0:
+        return None
+    links.set_half(40, torch.float32)
+    for num_rows, _ in STEPS:
+        links.expect_half(num_rows)
+    halves = [links.receive_half() for _ in STEPS]
+    return [
+        (tuple(hidden.shape), tuple(logits.shape), set(hidden.unique().tolist()) | set(logits.unique().tolist()))
+        for hidden, logits in halves
+    ]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_halves_of_many_steps_come_whole_and_in_order(num_stages: int, tmp_path: Path) -> None:
+    halves = run_stages([many_halves] * num_stages, tmp_path)[0]
+    assert halves == [
+        ((num_rows, HIDDEN), (num_rows, 40), {float(step), -float(step)}) for step, (num_rows, _) in enumerate(STEPS)
+    ]
+
+
 def dies_after_connecting(stage: int, num_stages: int, rendezvous: Path) -> object:
     connect(stage, num_stages, rendezvous)
     os._exit(3)

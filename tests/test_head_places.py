@@ -1,0 +1,102 @@
+"""A pipeline whose ends share the head gives what one with the head on its last stage gives: tokens of all kinds of
+rows, logprobs, errors, ends, whether steps are planned ahead of them or not. (Greedy tokens of all families:
+`test_exactness.py`.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipemax import LLM, SamplingParams
+from pipemax.config import ConfigError
+from pipemax.request import RequestOutput
+from pipemax.worker.model_slice import HEAD_VARIABLE, HeadPlace
+from tests.worker.families import VOCAB_SIZE, save_model
+
+NUM_PROMPTS = 20
+THIRDS, FIFTHS = list(range(1, VOCAB_SIZE, 3)), list(range(0, VOCAB_SIZE, 5))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    save_model("llama", folder)
+    return folder
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(3, VOCAB_SIZE, rng.integers(1, 40)).tolist() for _ in range(NUM_PROMPTS)]
+
+
+def params() -> list[SamplingParams]:
+    """Rows of every kind, of lengths that differ; some end by a token, which is in neither half alone."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0, "logprobs": 3},
+        {"temperature": 0.8, "top_p": 0.9},
+        {
+            "temperature": 0.0,
+            "repetition_penalty": 1.3,
+            "min_tokens": 4,
+            "stop_token_ids": list(range(0, VOCAB_SIZE, 5)),
+        },
+        {"temperature": 1.0, "top_k": 7, "logprobs": 2},
+        {"temperature": 0.0, "stop_token_ids": THIRDS},
+    ]
+    return [
+        SamplingParams(**kinds[row % len(kinds)], seed=row, max_tokens=4 + 5 * row % 17, ignore_eos=True)
+        for row in range(NUM_PROMPTS)
+    ]
+
+
+def generate(model: Path, head: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[RequestOutput]:
+    monkeypatch.setenv(HEAD_VARIABLE, head)
+    memory = {"block_size": 4, "num_device_blocks": 34, "num_window_blocks": 12, "host_memory_gib": 0.05}
+    with LLM(
+        model,
+        device="cpu",
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=64,
+        max_num_seqs=6,
+        max_num_batched_tokens=24,
+        threads_per_stage=1,
+        **memory,
+        **settings,
+    ) as llm:
+        outputs = llm.generate(prompts(), params())
+        assert llm.stats().blocks_refilled > 50
+    return outputs
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+@pytest.mark.parametrize(("num_stages", "num_batches"), [(2, 2), (3, 4)])
+def test_rows_of_all_kinds_come_out_the_same(
+    model: Path, monkeypatch: pytest.MonkeyPatch, num_stages: int, num_batches: int, async_scheduling: bool
+) -> None:
+    settings = {
+        "pipeline_parallel_size": num_stages,
+        "num_batches": num_batches,
+        "async_scheduling": async_scheduling,
+    }
+    last, ends = (generate(model, head, monkeypatch, **settings) for head in HeadPlace)
+    reasons = set()
+    for one, other in zip(last, ends, strict=True):
+        (wanted,), (got,) = one.outputs, other.outputs
+        assert (got.token_ids, got.finish_reason) == (wanted.token_ids, wanted.finish_reason)
+        reasons.add(got.finish_reason)
+        for ours, theirs in zip(got.logprobs or [], wanted.logprobs or [], strict=True):
+            assert list(ours) == list(theirs)
+            for token_id, entry in ours.items():
+                assert entry.logprob == pytest.approx(theirs[token_id].logprob, abs=1e-5)
+    assert reasons == {"length", "stop"}
+    assert any(output.outputs[0].logprobs for output in ends)
+
+
+def test_a_place_that_is_none_is_refused_before_anything_starts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HEAD_VARIABLE, "middle")
+    with pytest.raises(ConfigError, match="PIPEMAX_HEAD must be last or ends, got 'middle'"):
+        LLM(model, device="cpu", skip_tokenizer_init=True, pipeline_parallel_size=2)
