@@ -13,6 +13,7 @@ from pipemax.cost.memory import HOST_MEMORY_SHARE, RESERVE_BYTES
 from pipemax.cost.stage_split import split_stages
 from pipemax.cost.table import best_cost_model
 from pipemax.cost.workload import MeanLengths
+from pipemax.head_place import HeadPlace
 from pipemax.local_hardware import this_server
 from pipemax.model_spec import ModelSpec
 
@@ -29,6 +30,7 @@ def choose_layers(
     max_num_batched_tokens: int,
     block_size: int,
     kv_offload: KVOffload,
+    head: HeadPlace = HeadPlace.LAST,
 ) -> list[range]:
     """Layers of each stage on "cpu" or "cuda" devices of this machine. Parameters are meant as in `EngineConfig`.
 
@@ -46,5 +48,6 @@ def choose_layers(
         lengths=_LENGTHS,
         host_link=server.host_link if kv_offload is KVOffload.ON else None,
         block_size=block_size,
+        head=head,
     )
     return [stage.layers for stage in stages]

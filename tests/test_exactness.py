@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipemax import LLM, SamplingParams
-from pipemax.worker.model_slice import HEAD_VARIABLE
+from pipemax.head_place import HEAD_VARIABLE
 from tests.worker.families import FAMILIES, VOCAB_SIZE, save_model
 
 PROMPT_LENGTHS = (3, 17, 9, 40, 26, 33, 5)

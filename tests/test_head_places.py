@@ -12,8 +12,8 @@ import pytest
 
 from pipemax import LLM, SamplingParams
 from pipemax.config import ConfigError
+from pipemax.head_place import HEAD_VARIABLE, HeadPlace
 from pipemax.request import RequestOutput
-from pipemax.worker.model_slice import HEAD_VARIABLE, HeadPlace
 from tests.worker.families import VOCAB_SIZE, save_model
 
 NUM_PROMPTS = 20

@@ -12,17 +12,18 @@ from itertools import pairwise
 
 import numpy as np
 
+from pipemax.head_place import HeadPlace
 from pipemax.plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class StageShape:
-    """The part of a model on one stage: decoder layers (global indices), and whether the ends of the model are
-    there."""
+    """The part of a model on one stage: decoder layers (global indices), whether the embedding is in its memory, and
+    what part of the head it holds and computes, from 0 to 1."""
 
     layers: range
     has_embedding: bool
-    has_head: bool
+    head_share: float
 
     @property
     def num_layers(self) -> int:
@@ -31,10 +32,10 @@ class StageShape:
 
 def whole_model(num_layers: int) -> StageShape:
     """The one stage of a model that is not split."""
-    return StageShape(range(num_layers), has_embedding=True, has_head=True)
+    return StageShape(range(num_layers), has_embedding=True, head_share=1.0)
 
 
-def even_stages(num_layers: int, num_stages: int) -> tuple[StageShape, ...]:
+def even_stages(num_layers: int, num_stages: int, *, head: HeadPlace = HeadPlace.LAST) -> tuple[StageShape, ...]:
     """Layers cut as evenly as they go; the first stages take one more where they do not go evenly.
 
     The last stage has the head to compute as well, so it should not be one of the longer ones.
@@ -42,14 +43,22 @@ def even_stages(num_layers: int, num_stages: int) -> tuple[StageShape, ...]:
     assert 1 <= num_stages <= num_layers
     base, longer = divmod(num_layers, num_stages)
     ends = [index * base + min(index, longer) for index in range(num_stages + 1)]
-    return stages_of([range(first, after) for first, after in pairwise(ends)])
+    return stages_of([range(first, after) for first, after in pairwise(ends)], head=head)
 
 
-def stages_of(layers: Sequence[range]) -> tuple[StageShape, ...]:
-    """Stages with these layers: the first embeds, the last has the head."""
-    last = len(layers) - 1
+def stages_of(layers: Sequence[range], *, head: HeadPlace = HeadPlace.LAST) -> tuple[StageShape, ...]:
+    """Stages with these layers: the first embeds, the last has the head, or each of them half of it.
+
+    What a first stage takes to read its few rows of an embedding in host memory is left out.
+    """
+    if head is HeadPlace.LAST or len(layers) == 1:
+        shares = [0.0] * (len(layers) - 1) + [1.0]
+    else:
+        shares = [0.5] + [0.0] * (len(layers) - 2) + [0.5]
+    embeds = head is HeadPlace.LAST or len(layers) == 1
     return tuple(
-        StageShape(of_stage, has_embedding=index == 0, has_head=index == last) for index, of_stage in enumerate(layers)
+        StageShape(of_stage, has_embedding=embeds and index == 0, head_share=share)
+        for index, (of_stage, share) in enumerate(zip(layers, shares, strict=True))
     )
 
 

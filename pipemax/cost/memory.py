@@ -65,7 +65,7 @@ def tensor_parallel_blocks(
 ) -> int:
     """KV blocks over all GPUs of the server when each holds a share of every layer. Raises ConfigError as below."""
     num_gpus = server.num_gpus
-    stage = StageShape(range(model.num_layers), has_embedding=True, has_head=True)
+    stage = StageShape(range(model.num_layers), has_embedding=True, head_share=1.0)
     total = LayerWeights.of(model).stage_parameters(stage, tied_ends=model.tie_word_embeddings) * dtype_bytes
     memory = StageMemory(server.gpu.memory_bytes, -(-total // num_gpus), RESERVE_BYTES)
     geometry = model.kv_geometry(block_size=block_size, dtype_bytes=kv_dtype_bytes)

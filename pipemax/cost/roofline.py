@@ -86,13 +86,13 @@ class RooflineCostModel:
         seconds += self._attention_seconds(load, stage)
         if stage.has_embedding:
             seconds += tokens * self._embedding_token_seconds
-        if stage.has_head and load.num_samples:
-            parameters = self._head
+        if stage.head_share and load.num_samples:
+            parameters = self._head * stage.head_share
             seconds += self._overlapped(
                 parameters * self._dtype_bytes / self._memory_rate,
                 2 * parameters * load.num_samples / self._tensor_rate,
             )
-            seconds += load.num_samples * self._logits_seconds
+            seconds += load.num_samples * self._logits_seconds * stage.head_share
         return seconds
 
     def _layer_gemm_seconds(self, tokens: int) -> float:

@@ -23,6 +23,7 @@ from pipemax.cost.memory import stage_blocks
 from pipemax.cost.model import CostModel
 from pipemax.cost.steady_state import KVSpace, SteadyState
 from pipemax.cost.workload import MeanLengths
+from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
 
 
@@ -40,6 +41,7 @@ def split_stages(
     block_size: int = 16,
     dtype_bytes: int = 2,
     kv_dtype_bytes: int = 2,
+    head: HeadPlace = HeadPlace.LAST,
 ) -> tuple[StageShape, ...]:
     """One stage for each entry of `memory_bytes`, which counts what weights and KV may take of that GPU.
 
@@ -57,7 +59,7 @@ def split_stages(
     block_bytes_up_to = [0, *accumulate(geometry.layer_block_bytes(layer) for layer in range(model.num_layers))]
     host_blocks = host_bytes // block_bytes_up_to[-1]
     best: tuple[tuple[int, int, int], tuple[StageShape, ...]] | None = None
-    for stages in _candidates(model.num_layers, num_stages):
+    for stages in _candidates(model.num_layers, num_stages, head):
         blocks, block_bytes = [], []
         for stage, stage_bytes in zip(stages, memory_bytes, strict=True):
             of_block = block_bytes_up_to[stage.layers.stop] - block_bytes_up_to[stage.layers.start]
@@ -84,10 +86,10 @@ def split_stages(
         score = (round(state.request_seconds * 1e9), -min(blocks), unevenness)
         if best is None or score < best[0]:
             best = (score, stages)
-    return even_stages(model.num_layers, num_stages) if best is None else best[1]
+    return even_stages(model.num_layers, num_stages, head=head) if best is None else best[1]
 
 
-def _candidates(num_layers: int, num_stages: int) -> Iterator[tuple[StageShape, ...]]:
+def _candidates(num_layers: int, num_stages: int, head: HeadPlace) -> Iterator[tuple[StageShape, ...]]:
     """Every pair of ends that leaves the rest a layer a stage; ends never much longer than an even share."""
     if num_stages == 1:
         yield even_stages(num_layers, 1)
@@ -100,7 +102,7 @@ def _candidates(num_layers: int, num_stages: int) -> Iterator[tuple[StageShape, 
                 continue
             sizes = [first, *(len(stage.layers) for stage in _between(between, num_stages - 2)), last]
             ends = list(accumulate(sizes))
-            yield stages_of([range(end - size, end) for end, size in zip(ends, sizes, strict=True)])
+            yield stages_of([range(end - size, end) for end, size in zip(ends, sizes, strict=True)], head=head)
 
 
 def _between(num_layers: int, num_stages: int) -> tuple[StageShape, ...]:

@@ -42,7 +42,7 @@ class LayerWeights:
 
     def stage_parameters(self, stage: StageShape, *, tied_ends: bool) -> int:
         """Parameters that a stage holds. Tied ends on one stage are held once, on two stages twice."""
-        ends = int(stage.has_embedding) + int(stage.has_head)
+        ends = stage.has_embedding + stage.head_share
         if tied_ends:
             ends = min(ends, 1)
-        return stage.num_layers * self.layer + ends * self.embedding
+        return stage.num_layers * self.layer + round(ends * self.embedding)

@@ -34,6 +34,7 @@ from pipemax.cuda_options import CudaOptions
 from pipemax.executor.sizing import KVWishes, available_cores, free_host_bytes, size_kv
 from pipemax.executor.stage_group import StageGroup
 from pipemax.executor.stage_handle import start_server
+from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import Capacity, Int64Array, StepPlan, StepResult
 
@@ -100,6 +101,7 @@ class ProcessExecutor:
         threads_per_stage: int | None = None,
         stall_seconds: float = DEFAULT_STALL_SECONDS,
         cuda: CudaOptions | None = None,
+        head: HeadPlace = HeadPlace.LAST,
         choose_layers: Callable[[str], Sequence[range]] | None = None,
     ) -> ProcessExecutor:
         """Starts and loads all stages; parameters are named and meant as in `EngineConfig`. `spec` is the model's.
@@ -116,12 +118,11 @@ class ProcessExecutor:
         start_server()
         from pipemax.worker.device import resolve_device
         from pipemax.worker.loader import check_checkpoint
-        from pipemax.worker.model_slice import StageSlice, head_place, split_layers
+        from pipemax.worker.model_slice import StageSlice, split_layers
         from pipemax.worker.stage_process import KVSize, StageLoaded, StageReady, StageSettings
 
         cuda = cuda or CudaOptions()
         model_len = max_model_len or spec.max_position_embeddings
-        head = head_place()
         device = resolve_device(device, num_stages=num_stages, stage_devices=cuda.stage_devices)
         check_checkpoint(model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=model_len)
         layers_of = split_layers(spec.num_layers, num_stages) if choose_layers is None else choose_layers(device)

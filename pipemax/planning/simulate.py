@@ -30,6 +30,7 @@ from pipemax.cost.table import best_cost_model
 from pipemax.cost.workload import MeanLengths, RequestLengths
 from pipemax.engine import Engine
 from pipemax.executor.simulator import SimExecutor
+from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
 from pipemax.observer import EngineObserver
 from pipemax.plan import Capacity, Phase
@@ -60,6 +61,7 @@ class PipelineSettings:
     correct_estimates: bool = True
     dtype_bytes: int = 2
     kv_dtype_bytes: int = 2
+    head: HeadPlace = HeadPlace.LAST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +161,7 @@ def plan_pipeline(
         block_size=settings.block_size,
         dtype_bytes=settings.dtype_bytes,
         kv_dtype_bytes=settings.kv_dtype_bytes,
+        head=settings.head,
     )
     capacity = pipeline_capacity(
         model=model,

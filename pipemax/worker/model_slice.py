@@ -7,7 +7,7 @@ index per-layer settings by position (a shortened list would be silently wrong):
     stage 0        embed_tokens  [ l0  l1  ..  .. ]  pass         .. = PassThrough
     stage 1 (last) absent        [ ..  ..  l2  l3 ]  norm  head   (embed_tokens too where the head is tied to it)
 
-The head may be cut by the vocabulary's rows, half of it on either end (`HeadPlace`).
+The head may be cut by the vocabulary's rows, half of it on either end (`head_place.py`).
 
 What cannot be cut, or would give other numbers than the whole model, is refused with the reason (ModelNotSupported).
 Reading weights is `loader.py`'s; running a stage is `stage_model.py`'s.
@@ -15,7 +15,6 @@ Reading weights is `loader.py`'s; running a stage is `stage_model.py`'s.
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +31,9 @@ from transformers import (
 )
 
 from pipemax.config import ConfigError, LoadFormat
+from pipemax.head_place import HEAD_VARIABLE, HeadPlace
 from pipemax.model_spec import ModelSpec
 from pipemax.worker.attention_hook import ATTENTION_NAME, register
-from pipemax.worker.chosen_path import chosen_path
 
 _BASE_PARTS = ("embed_tokens", "layers", "norm")
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -43,7 +42,6 @@ _PROBE_NAME = "pipemax_probe"
 # What a layer may hand to attention: what the hook heeds, and what says nothing new (the model's own keywords).
 _ATTENTION_OPTIONS = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "dropout"})
 _MODEL_OPTIONS = frozenset({"position_ids", "use_cache", "step_context"})
-HEAD_VARIABLE = "PIPEMAX_HEAD"
 # Rows of a matrix that GEMM kernels do not like to be cut within.
 _HEAD_ROWS_MULTIPLE = 64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,23 +49,6 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 class ModelNotSupported(ConfigError):  # noqa: N818 (it says what it is)
     """The model cannot run as a pipeline of stages here. The message says which model and why."""
-
-
-class HeadPlace(enum.StrEnum):
-    """Where logits come from in a pipeline of several stages.
-
-    LAST: the last stage has the head, and samples. ENDS: the last stage has the first half of the vocabulary and the
-    first stage the second half, and samples, since that is where sampled tokens are needed; on a GPU its embedding is
-    in host memory then.
-    """
-
-    LAST = "last"
-    ENDS = "ends"
-
-
-def head_place() -> HeadPlace:
-    """What the environment says. Raises ConfigError for a value that is none."""
-    return chosen_path(HEAD_VARIABLE, HeadPlace.LAST)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from pipemax.attention.base import AttentionBackend
 from pipemax.attention.reference import ReferenceAttention
 from pipemax.config import ConfigError, LoadFormat
 from pipemax.cuda_options import CudaOptions
+from pipemax.head_place import HeadPlace
 from pipemax.kv.geometry import KVGeometry
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import StepPlan
@@ -41,7 +42,7 @@ from pipemax.worker.device import Device, open_device, set_threads
 from pipemax.worker.kv_store import KVStore
 from pipemax.worker.link import LinkError
 from pipemax.worker.link_probe import StepMessages, probe_links
-from pipemax.worker.model_slice import HeadPlace, read_config, resolve_dtype
+from pipemax.worker.model_slice import read_config, resolve_dtype
 from pipemax.worker.pulse import Pulse, dump_stacks_on_signal
 from pipemax.worker.running_step import RunningStep
 from pipemax.worker.stage_model import StageModel, StageSlice

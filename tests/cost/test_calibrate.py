@@ -9,7 +9,7 @@ from pipemax.cost.calibrate import CalibratedCostModel
 from pipemax.cost.load import StageShape, StepLoad
 from pipemax.cost.perturbed import PerturbedCostModel
 
-STAGE = StageShape(range(4), has_embedding=True, has_head=True)
+STAGE = StageShape(range(4), has_embedding=True, head_share=1.0)
 DECODE = StepLoad.of_decode(num_rows=8, kv_tokens=800)
 PREFILL = StepLoad.of_rows(np.array([0]), np.array([100]), 1)
 

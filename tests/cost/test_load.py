@@ -40,4 +40,4 @@ def test_even_stages_hold_every_layer_once(num_layers, num_stages):
     lengths = [stage.num_layers for stage in stages]
     assert max(lengths) - min(lengths) <= 1 and lengths[-1] == min(lengths)
     assert [stage.has_embedding for stage in stages] == [True] + [False] * (num_stages - 1)
-    assert [stage.has_head for stage in stages] == [False] * (num_stages - 1) + [True]
+    assert [stage.head_share for stage in stages] == [0] * (num_stages - 1) + [1]

@@ -37,7 +37,7 @@ ROUND = HardwareProfile(
     peer_bytes_per_second=0.0,
     source="made up",
 )
-MIDDLE = StageShape(range(10, 20), has_embedding=False, has_head=False)
+MIDDLE = StageShape(range(10, 20), has_embedding=False, head_share=0.0)
 
 
 MEASURED = (LLAMA_70B, LLAMA_8B, QWEN_14B, QWEN_32B)
@@ -88,7 +88,7 @@ def test_a_long_prompt_is_arithmetic():
 
 def test_the_head_costs_what_samples():
     cost = RooflineCostModel(model=LLAMA_70B, gpu=ROUND)
-    last = dataclasses.replace(MIDDLE, has_head=True)
+    last = dataclasses.replace(MIDDLE, head_share=1.0)
     silent = dataclasses.replace(decode(32), num_samples=0)
     assert cost.step_seconds(silent, last) == cost.step_seconds(silent, MIDDLE)
     # 1.05 G parameters at 2 bytes and 1 TB/s, a little arithmetic, and 16 bytes a logit.

@@ -65,7 +65,7 @@ def test_no_split_of_a_small_model_is_better(lengths, memory_gib, num_stages):
         request_seconds(
             model,
             [
-                StageShape(range(a, b), has_embedding=a == 0, has_head=b == 12)
+                StageShape(range(a, b), has_embedding=a == 0, head_share=float(b == 12))
                 for a, b in zip((0, *cuts), (*cuts, 12), strict=True)
             ],
             settings,
@@ -80,7 +80,7 @@ def test_stages_hold_all_layers_in_order():
     stages, _, _ = split(LLAMA_8B, "l20", 5, CHAT)
     assert [layer for stage in stages for layer in stage.layers] == list(range(32))
     assert [stage.has_embedding for stage in stages] == [True, False, False, False, False]
-    assert [stage.has_head for stage in stages] == [False, False, False, False, True]
+    assert [stage.head_share for stage in stages] == [0, 0, 0, 0, 1]
 
 
 def test_a_head_worth_layers_makes_the_last_stage_short_where_decode_counts():
@@ -104,7 +104,7 @@ def test_memory_of_the_ends_decides_where_an_even_split_does_not_fit():
 
 def test_one_gpu_takes_the_whole_model():
     stages, _, _ = split(LLAMA_8B, "h100-sxm", 1, CHAT)
-    assert sizes(stages) == [32] and stages[0].has_embedding and stages[0].has_head
+    assert sizes(stages) == [32] and stages[0].has_embedding and stages[0].head_share == 1
 
 
 def test_more_gpus_than_layers_are_refused():

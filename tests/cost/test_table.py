@@ -22,7 +22,7 @@ def test_points_between_and_beyond():
 
 def test_forty_layers_at_64_rows_take_what_was_measured():
     cost = best_cost_model(model=LLAMA_70B, gpu=H100)
-    stage = StageShape(range(40), has_embedding=False, has_head=False)
+    stage = StageShape(range(40), has_embedding=False, head_share=0.0)
     assert isinstance(cost, TableCostModel)
     # 24.8 ms of GEMM; 0.3 ms of starting small kernels, 0.28 ms of what they move.
     assert cost.step_seconds(StepLoad.of_decode(num_rows=64, kv_tokens=64), stage) == pytest.approx(25.4e-3, rel=0.005)
@@ -36,7 +36,7 @@ def test_other_layers_types_and_cards_fall_back_to_the_roofline():
 
 
 def test_table_and_roofline_agree():
-    stage = StageShape(range(10), has_embedding=False, has_head=False)
+    stage = StageShape(range(10), has_embedding=False, head_share=0.0)
     for rows in (1, 64, 256, 2048):
         load = StepLoad.of_decode(num_rows=rows, kv_tokens=400 * rows)
         table = best_cost_model(model=LLAMA_70B, gpu=H100).step_seconds(load, stage)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipemax import LLM, SamplingParams
-from pipemax.worker.model_slice import HEAD_VARIABLE, HeadPlace
+from pipemax.head_place import HEAD_VARIABLE, HeadPlace
 from tests.cuda.test_layers import CONFIGS
 from tests.test_exactness import BLOCK_SIZE, LONGEST_BLOCKS, MEMORY, NUM_TOKENS, family, prompts  # noqa: F401
 from tests.worker.families import random_model

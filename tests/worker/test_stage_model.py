@@ -8,11 +8,12 @@ from transformers import LlamaConfig
 from pipemax.attention.base import RowLayout
 from pipemax.attention.reference import ReferenceAttention
 from pipemax.config import ConfigError, LoadFormat
+from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
 from pipemax.worker.attention_hook import StepContext
 from pipemax.worker.cuda_device import CudaDevice
 from pipemax.worker.kv_store import KVStore
-from pipemax.worker.model_slice import HeadPlace, resolve_dtype
+from pipemax.worker.model_slice import resolve_dtype
 from pipemax.worker.stage_model import StageModel, StageSlice, split_layers
 from tests.worker.families import FAMILIES, VOCAB_SIZE, save_model
 

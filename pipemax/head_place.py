@@ -1,0 +1,29 @@
+"""`HeadPlace`: which stages of a pipeline hold the model's head, and which one samples.
+
+Never here: how a head is cut (`worker/model_slice.py`), what it costs (`cost/load.py`).
+"""
+
+from __future__ import annotations
+
+import enum
+
+from pipemax.worker.chosen_path import chosen_path
+
+HEAD_VARIABLE = "PIPEMAX_HEAD"
+
+
+class HeadPlace(enum.StrEnum):
+    """Where logits come from in a pipeline of several stages.
+
+    LAST: the last stage has the head, and samples. ENDS: the last stage has the first half of the vocabulary and the
+    first stage the second half, and samples, since that is where sampled tokens are needed; on a GPU its embedding is
+    in host memory then.
+    """
+
+    LAST = "last"
+    ENDS = "ends"
+
+
+def head_place() -> HeadPlace:
+    """What the environment says. Raises ConfigError for a value that is none."""
+    return chosen_path(HEAD_VARIABLE, HeadPlace.LAST)
