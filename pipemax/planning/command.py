@@ -77,6 +77,7 @@ def _plan(
     from pipemax.config import ConfigError
     from pipemax.cost.profiles import server_profile
     from pipemax.cost.workload import read_lengths
+    from pipemax.head_place import head_place
     from pipemax.model_spec import ModelSpec
     from pipemax.planning.compare import Job, JobSettings, compare_layouts
     from pipemax.planning.layouts import candidate_layouts
@@ -93,7 +94,7 @@ def _plan(
     server = server_profile(gpu_name, num_gpus, host_memory_gib=host_memory_gib)
     job = Job.of(read_lengths(workload_file), max_requests=max_requests)
     model = ModelSpec.from_pretrained(model_dir)
-    settings = JobSettings(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+    settings = JobSettings(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, head=head_place())
     layouts = candidate_layouts(server.gpu, num_gpus)
     if sys.stderr.isatty():
         print(

@@ -27,6 +27,7 @@ from pipemax.cost.hardware import ServerProfile
 from pipemax.cost.memory import tensor_parallel_blocks
 from pipemax.cost.tensor_parallel import estimate_tensor_parallel
 from pipemax.cost.workload import MeanLengths, RequestLengths
+from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import Phase
 from pipemax.planning.layouts import Layout, PipelineLayout, TensorLayout, replica_server
@@ -50,6 +51,7 @@ class JobSettings:
     block_size: int = 16
     dtype_bytes: int = 2
     kv_dtype_bytes: int = 2
+    head: HeadPlace = HeadPlace.LAST
 
     def of_pipeline(self, *, kv_offload: KVOffload, phase_policy: PhasePolicyName) -> PipelineSettings:
         return PipelineSettings(
@@ -60,6 +62,7 @@ class JobSettings:
             block_size=self.block_size,
             dtype_bytes=self.dtype_bytes,
             kv_dtype_bytes=self.kv_dtype_bytes,
+            head=self.head,
         )
 
 

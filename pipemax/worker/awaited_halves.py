@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from pipemax.plan import StepPlan
 from pipemax.worker.awaited_tokens import TokenStore, must_be_received
+from pipemax.worker.device import Mark
 from pipemax.worker.row_guard import GuardedSampler, Sampled
 from pipemax.worker.running_step import RunningStep
 from pipemax.worker.stage_model import StageModel
@@ -46,13 +48,22 @@ class AwaitedHalves:
     """AwaitedSteps (`awaited_tokens.py`)."""
 
     def __init__(
-        self, links: StageLinks, tokens: TokenStore, *, model: StageModel, sampler: GuardedSampler, num_stages: int
+        self,
+        links: StageLinks,
+        tokens: TokenStore,
+        *,
+        model: StageModel,
+        sampler: GuardedSampler,
+        num_stages: int,
+        mark: Callable[[], Mark],
     ) -> None:
+        """`mark` gives one in the stream that computes."""
         self._links = links
         self._tokens = tokens
         self._model = model
         self._sampler = sampler
         self._num_stages = num_stages
+        self._mark = mark
         # Steps that are not reported: some whose messages are received, then some that wait for theirs. Of the first
         # kind there are as many as messages here, and steps without samples before them.
         self._handed_on: deque[_HandedOn] = deque()
@@ -78,7 +89,8 @@ class AwaitedHalves:
         while self._received:
             handed_on = self._handed_on.popleft()
             self._follow(handed_on.plan)
-            self._complete.append(dataclasses.replace(handed_on.step, sampled=self._sample(handed_on.plan)))
+            sampled = self._sample(handed_on.plan)
+            self._complete.append(dataclasses.replace(handed_on.step, sampled=sampled, sampled_at=self._mark()))
             self._pass_unsampled()
 
     @property

@@ -34,7 +34,8 @@ class RunningStep:
     """A step that is issued and handed over. Compute passes `came`, then its waits for input, `start`, the layers,
     `end`, what handing over waits for, `finished`.
 
-    `samples`: whether this stage samples; `sampled` is None where no row of the step does, or none has yet.
+    `samples`: whether this stage samples; `sampled` is None where no row of the step does, or none has yet. Compute
+    passes `sampled_at` behind what was sampled where that is not in the step itself.
     """
 
     step_id: int
@@ -47,6 +48,7 @@ class RunningStep:
     moved: StepTransfers
     copy_log: CopyLog
     sampled: Sampled | None
+    sampled_at: Mark | None = None
 
     def report(self) -> StageReport:
         """What became of it; blocks until the device is through with it. Once a step, in step order."""
@@ -70,6 +72,8 @@ class RunningStep:
         if self.sampled is None:
             return StageReport(self.step_id, timing, finished_seconds, np.empty(0, dtype=np.int32), None, {})
         sampled = self.sampled
+        if self.sampled_at is not None:
+            self.sampled_at.seconds()
         return StageReport(
             self.step_id, timing, finished_seconds, sampled.host_token_ids, sampled.logprobs, sampled.row_errors
         )

@@ -94,6 +94,8 @@ def test_the_head_costs_what_samples():
     # 1.05 G parameters at 2 bytes and 1 TB/s, a little arithmetic, and 16 bytes a logit.
     head = cost.step_seconds(decode(32), last) - cost.step_seconds(decode(32), MIDDLE)
     assert head == pytest.approx(2.101e-3 + 0.067e-3 + 32 * 128256 * 16 / 1e12, rel=0.01)
+    half = cost.step_seconds(decode(32), dataclasses.replace(MIDDLE, head_share=0.5))
+    assert half - cost.step_seconds(decode(32), MIDDLE) == pytest.approx(head / 2)
 
 
 def test_time_grows_with_everything_and_nothing_costs_nothing():

@@ -16,13 +16,14 @@ from pipemax.cost.roofline import RooflineCostModel
 from pipemax.cost.stage_split import split_stages
 from pipemax.cost.steady_state import KVSpace, SteadyState
 from pipemax.cost.workload import MeanLengths
+from pipemax.head_place import HeadPlace
 from tests.cost.models import LLAMA_1B, LLAMA_8B, LLAMA_70B
 
 CHAT = MeanLengths(prompt_tokens=229, output_tokens=471, live_tokens=556)
 PAPERS = MeanLengths(prompt_tokens=10150, output_tokens=129, live_tokens=9052)
 
 
-def split(model, gpu_name, num_stages, lengths, *, memory_gib=None):
+def split(model, gpu_name, num_stages, lengths, *, memory_gib=None, head=HeadPlace.LAST):
     server = server_profile(gpu_name, num_stages)
     memory = int(memory_gib * GIB) if memory_gib else server.gpu.memory_bytes - RESERVE_BYTES
     settings = {
@@ -33,7 +34,8 @@ def split(model, gpu_name, num_stages, lengths, *, memory_gib=None):
         "lengths": lengths,
         "host_link": server.host_link,
     }
-    stages = split_stages(model=model, memory_bytes=[memory] * num_stages, host_bytes=256 * GIB, **settings)
+    memory_bytes = [memory] * num_stages
+    stages = split_stages(model=model, memory_bytes=memory_bytes, host_bytes=256 * GIB, head=head, **settings)
     return stages, settings, memory
 
 
@@ -89,6 +91,12 @@ def test_a_head_worth_layers_makes_the_last_stage_short_where_decode_counts():
     papers, _, _ = split(LLAMA_1B, "rtx-4090", 4, PAPERS)
     assert chat[-1].num_layers < 4
     assert sizes(papers) == [4, 4, 4, 4]
+
+
+def test_a_head_that_the_ends_share_makes_both_of_them_shorter():
+    stages, _, _ = split(LLAMA_1B, "rtx-4090", 4, CHAT, head=HeadPlace.ENDS)
+    assert [stage.head_share for stage in stages] == [0.5, 0, 0, 0.5]
+    assert sizes(stages)[0] == sizes(stages)[-1] < min(sizes(stages)[1:3])
 
 
 def test_one_layer_more_on_a_stage_costs_more_than_the_head():

@@ -6,6 +6,7 @@ import pytest
 
 from pipemax.cost.load import even_stages, whole_model
 from pipemax.cost.weights import LayerWeights
+from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
 from tests.cost.models import LLAMA_1B, LLAMA_8B, LLAMA_70B, MIXTRAL
 
@@ -31,3 +32,16 @@ def test_tied_ends_are_held_twice_once_they_are_on_two_stages():
     stages = even_stages(LLAMA_1B.num_layers, 2)
     split = sum(weights.stage_parameters(stage, tied_ends=True) for stage in stages)
     assert split == weights.stage_parameters(whole_model(16), tied_ends=True) + weights.embedding
+
+
+@pytest.mark.parametrize("model", [LLAMA_1B, LLAMA_70B], ids=["tied", "not tied"])
+def test_ends_that_share_the_head_hold_one_matrix_between_them(model):
+    weights, layers = LayerWeights.of(model), model.num_layers * LayerWeights.of(model).layer
+    stages = even_stages(model.num_layers, 4, head=HeadPlace.ENDS)
+    held = [
+        weights.stage_parameters(stage, tied_ends=model.tie_word_embeddings) - stage.num_layers * weights.layer
+        for stage in stages
+    ]
+    assert held == [weights.embedding / 2, 0, 0, weights.embedding / 2] and sum(held) < layers
+    (alone,) = even_stages(model.num_layers, 1, head=HeadPlace.ENDS)
+    assert alone == whole_model(model.num_layers)
