@@ -116,7 +116,14 @@ class StageWorker:
         model = self._model
         own = model.logits(torch.zeros(1, model.hidden_size, dtype=model.dtype, device=model.device))
         self._links.set_half(model.spec.vocab_size - own.shape[1], own.dtype)
-        return AwaitedHalves(self._links, self._tokens, model=model, sampler=sampler, num_stages=self._stage.num_stages)
+        return AwaitedHalves(
+            self._links,
+            self._tokens,
+            model=model,
+            sampler=sampler,
+            num_stages=self._stage.num_stages,
+            mark=self._device.mark,
+        )
 
     def expect_input(self, plan: StepPlan) -> None:
         """Gets ready for the activations of a coming step, in plan order."""

@@ -33,6 +33,14 @@ class Links:
         return torch.ones(num_rows, 4), torch.full((num_rows, 3), float(self.num_received))
 
 
+@dataclass
+class Marks:
+    links: Links
+
+    def __call__(self) -> Any:
+        return f"behind message {self.links.num_received}"
+
+
 class Model:
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         return -hidden_SH[:, :2]
@@ -98,7 +106,7 @@ def made() -> tuple[AwaitedHalves, Links, Sampler, Tokens]:
     model: Any = Model()
     anything: Any = (links, sampler)
     return (
-        AwaitedHalves(anything[0], tokens, model=model, sampler=anything[1], num_stages=NUM_STAGES),
+        AwaitedHalves(anything[0], tokens, model=model, sampler=anything[1], num_stages=NUM_STAGES, mark=Marks(links)),
         links,
         sampler,
         tokens,
@@ -144,6 +152,7 @@ def test_with_nothing_else_to_do_the_oldest_step_is_sampled(made: Any) -> None:
     awaited.take_in()
     (done,) = awaited.take_complete()
     assert (done.step_id, done.sampled.is_read_back, tokens.of) == (0, True, {7: [1]})
+    assert done.sampled_at == "behind message 1"  # its tokens are on the host no earlier
     assert awaited.oldest_step_id == 1 and awaited.take_complete() == []
 
 
