@@ -1,4 +1,4 @@
-"""The sampler: at the last stage (or the first: `head_place.py`), from the logits of a step's sampling rows to one token a row.
+"""The sampler: from the logits of a step's sampling rows to one token a row.
 
 Here live the order in which the sampling parameters (vLLM's) are applied, the cut of a step into parts of bounded
 memory, and which requests there are. Never here: stop conditions and lengths (control plane), text, the model's head,
