@@ -24,6 +24,13 @@ class HeadPlace(enum.StrEnum):
     ENDS = "ends"
 
 
-def head_place() -> HeadPlace:
-    """What the environment says. Raises ConfigError for a value that is none."""
-    return chosen_path(HEAD_VARIABLE, HeadPlace.LAST)
+# With half on either end two CPU stages of SmolLM2 do 7 % more; GPUs have not run it yet.
+_DEFAULTS = {"cpu": HeadPlace.ENDS, "cuda": HeadPlace.LAST}
+
+
+def head_place(device: str) -> HeadPlace:
+    """Of a pipeline on that kind of device: what the environment says, or what serves best there.
+
+    Raises ConfigError for a value that is none.
+    """
+    return chosen_path(HEAD_VARIABLE, _DEFAULTS[device])

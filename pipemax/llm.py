@@ -69,7 +69,6 @@ class LLM(TextGenerator):
         self._tokenizer = self._load_tokenizer(config, folder)
         num_batches = config.num_batches or config.pipeline_parallel_size
         model_len = _max_model_len(config, spec)
-        self._head = head_place()
         self._executor = ProcessExecutor.start(
             model_dir=folder,
             spec=spec,
@@ -91,7 +90,7 @@ class LLM(TextGenerator):
             threads_per_stage=config.threads_per_stage,
             stall_seconds=config.stall_seconds,
             cuda=config.cuda_options,
-            head=self._head,
+            choose_head=head_place,
             choose_layers=partial(
                 choose_layers,
                 spec,
@@ -101,7 +100,6 @@ class LLM(TextGenerator):
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 block_size=config.block_size,
                 kv_offload=config.kv_offload,
-                head=self._head,
             ),
         )
         capacity = self._executor.capacity
@@ -245,7 +243,7 @@ class LLM(TextGenerator):
         server = this_server(self._executor.device, num_stages=len(layers))
         return Forecast(
             cost=best_cost_model(model=spec, gpu=server.gpu),
-            stages=stages_of(layers, head=self._head),
+            stages=stages_of(layers, head=self._executor.head),
             link=server.host_link,
             block_bytes=self._executor.capacity.block_bytes,
         )

@@ -23,6 +23,7 @@ _LENGTHS = MeanLengths(prompt_tokens=512, output_tokens=256, live_tokens=512 + 2
 def choose_layers(
     spec: ModelSpec,
     device: str,
+    head: HeadPlace,
     *,
     num_stages: int,
     num_batches: int,
@@ -30,7 +31,6 @@ def choose_layers(
     max_num_batched_tokens: int,
     block_size: int,
     kv_offload: KVOffload,
-    head: HeadPlace = HeadPlace.LAST,
 ) -> list[range]:
     """Layers of each stage on "cpu" or "cuda" devices of this machine. Parameters are meant as in `EngineConfig`.
 

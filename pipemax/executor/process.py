@@ -63,6 +63,7 @@ class ProcessExecutor:
         *,
         stages: StageGroup,
         stage_layers: Sequence[range],
+        head: HeadPlace,
         capacity: Capacity,
         vocab_size: int,
         device: str,
@@ -70,6 +71,7 @@ class ProcessExecutor:
     ) -> None:
         self._stages = stages
         self._stage_layers = tuple(stage_layers)
+        self._head = head
         self._capacity = capacity
         self._vocab_size = vocab_size
         self._device = device
@@ -101,13 +103,13 @@ class ProcessExecutor:
         threads_per_stage: int | None = None,
         stall_seconds: float = DEFAULT_STALL_SECONDS,
         cuda: CudaOptions | None = None,
-        head: HeadPlace = HeadPlace.LAST,
-        choose_layers: Callable[[str], Sequence[range]] | None = None,
+        choose_head: Callable[[str], HeadPlace] | None = None,
+        choose_layers: Callable[[str, HeadPlace], Sequence[range]] | None = None,
     ) -> ProcessExecutor:
         """Starts and loads all stages; parameters are named and meant as in `EngineConfig`. `spec` is the model's.
 
-        `choose_layers` is given the kind of device ("cpu", "cuda") and gives each stage's layers; without it they are
-        as even as can be.
+        `choose_head` is given the kind of device ("cpu", "cuda") and says where the head is; without it it is on the
+        last stage. `choose_layers` is given both and gives each stage's layers; without it they are as even as can be.
 
         With `max_model_len` None the model's own length counts, cut to what memory holds (`capacity` tells).
 
@@ -125,7 +127,8 @@ class ProcessExecutor:
         model_len = max_model_len or spec.max_position_embeddings
         device = resolve_device(device, num_stages=num_stages, stage_devices=cuda.stage_devices)
         check_checkpoint(model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=model_len)
-        layers_of = split_layers(spec.num_layers, num_stages) if choose_layers is None else choose_layers(device)
+        head = HeadPlace.LAST if choose_head is None else choose_head(device)
+        layers_of = split_layers(spec.num_layers, num_stages) if choose_layers is None else choose_layers(device, head)
         # Mode 0700; gone when all are connected. It lies where the fork server removes it if this process is killed.
         with tempfile.TemporaryDirectory(prefix="pipemax-", dir=multiprocessing.util.get_temp_dir()) as private_dir:
             stages = StageGroup(
@@ -178,6 +181,7 @@ class ProcessExecutor:
         return cls(
             stages=stages,
             stage_layers=layers_of,
+            head=head,
             capacity=capacity,
             vocab_size=spec.vocab_size,
             device=device,
@@ -192,6 +196,10 @@ class ProcessExecutor:
     def stage_layers(self) -> tuple[range, ...]:
         """The model's layers that each stage holds."""
         return self._stage_layers
+
+    @property
+    def head(self) -> HeadPlace:
+        return self._head
 
     @property
     def start_up(self) -> tuple[tuple[StartUpPart, ...], ...]:

@@ -94,7 +94,9 @@ def _plan(
     server = server_profile(gpu_name, num_gpus, host_memory_gib=host_memory_gib)
     job = Job.of(read_lengths(workload_file), max_requests=max_requests)
     model = ModelSpec.from_pretrained(model_dir)
-    settings = JobSettings(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, head=head_place())
+    settings = JobSettings(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, head=head_place("cuda")
+    )
     layouts = candidate_layouts(server.gpu, num_gpus)
     if sys.stderr.isatty():
         print(
