@@ -12,7 +12,7 @@ import pytest
 
 from pipemax import LLM, SamplingParams
 from pipemax.config import ConfigError
-from pipemax.head_place import HEAD_VARIABLE, HeadPlace
+from pipemax.head_place import HEAD_VARIABLE, HeadPlace, head_place
 from pipemax.request import RequestOutput
 from tests.worker.families import VOCAB_SIZE, save_model
 
@@ -100,3 +100,10 @@ def test_a_place_that_is_none_is_refused_before_anything_starts(model: Path, mon
     monkeypatch.setenv(HEAD_VARIABLE, "middle")
     with pytest.raises(ConfigError, match="PIPEMAX_HEAD must be last or ends, got 'middle'"):
         LLM(model, device="cpu", skip_tokenizer_init=True, pipeline_parallel_size=2)
+
+
+def test_without_a_wish_the_kind_of_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(HEAD_VARIABLE, raising=False)
+    assert (head_place("cpu"), head_place("cuda")) == (HeadPlace.ENDS, HeadPlace.LAST)
+    monkeypatch.setenv(HEAD_VARIABLE, "last")
+    assert head_place("cpu") is HeadPlace.LAST
