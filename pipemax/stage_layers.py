@@ -1,7 +1,7 @@
 """`choose_layers`: which layers each stage of a pipeline on this machine gets, before anything is loaded.
 
 `cost/stage_split.py` decides; here is what it is asked with. The workload is not known yet, so a request of middling
-length stands for it: what matters most is the head, which costs the last stage a share of every decode step (on
+length stands for it: what matters most is the head, which costs its stage a share of every decode step (on
 SmolLM2 eight layers' worth, on Llama-3.1-70B one) and of its memory.
 """
 

@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from pipemax import LLM, SamplingParams
 from pipemax.config import ConfigError
+from pipemax.executor import process
 from pipemax.head_place import HEAD_VARIABLE, HeadPlace, head_place
 from pipemax.request import RequestOutput
-from tests.worker.families import VOCAB_SIZE, save_model
+from pipemax.worker import loader
+from pipemax.worker.model_slice import StageSlice, can_cut_head
+from tests.worker.families import VOCAB_SIZE, config_of, random_model, save_model
 
 NUM_PROMPTS = 20
 THIRDS, FIFTHS = list(range(1, VOCAB_SIZE, 3)), list(range(0, VOCAB_SIZE, 5))
@@ -82,7 +86,18 @@ def test_rows_of_all_kinds_come_out_the_same(
         "num_batches": num_batches,
         "async_scheduling": async_scheduling,
     }
+    seen: list[list[StageSlice]] = []
+    start_group = process.StageGroup
+    monkeypatch.setattr(
+        process,
+        "StageGroup",
+        lambda stages, **options: seen.append([one.stage for one in stages]) or start_group(stages, **options),
+    )
     last, ends = (generate(model, head, monkeypatch, **settings) for head in HeadPlace)
+    assert [[stage.samples for stage in stages] for stages in seen] == [
+        [False] * (num_stages - 1) + [True],
+        [True] + [False] * (num_stages - 1),
+    ]
     reasons = set()
     for one, other in zip(last, ends, strict=True):
         (wanted,), (got,) = one.outputs, other.outputs
@@ -100,6 +115,25 @@ def test_a_place_that_is_none_is_refused_before_anything_starts(model: Path, mon
     monkeypatch.setenv(HEAD_VARIABLE, "middle")
     with pytest.raises(ConfigError, match="PIPEMAX_HEAD must be last or ends, got 'middle'"):
         LLM(model, device="cpu", skip_tokenizer_init=True, pipeline_parallel_size=2)
+
+
+def test_a_head_that_cannot_be_cut_stays_whole(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OddHead(nn.Linear):
+        """Whose logits may depend on all rows."""
+
+    whole = random_model(config_of("llama"))
+    assert can_cut_head(whole)
+    whole.lm_head.__class__ = OddHead
+    assert not can_cut_head(whole)
+    monkeypatch.setattr(loader, "can_cut_head", lambda _: False)
+    monkeypatch.setenv(HEAD_VARIABLE, "ends")
+    with LLM(
+        model, device="cpu", skip_tokenizer_init=True, pipeline_parallel_size=2, host_memory_gib=0.05, max_model_len=64
+    ) as llm:
+        executor: Any = llm.engine.executor
+        assert executor.head is HeadPlace.LAST
+        (output,) = llm.generate([[3, 4, 5]], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 3
 
 
 def test_without_a_wish_the_kind_of_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,11 @@
     embedding, f layers    the rest, as even as it goes    l layers, final norm, head
 
 The ends differ from the rest: both hold a matrix of the vocabulary's size, and the last multiplies by it for every row
-that samples. Every f and l is tried, and the pipeline that needs the least time for a request is taken: its slowest
-stage sets the pace of decode and of prefill, its fullest stage the number of rows (`steady_state.py`). In a decode step
-the head may be worth a layer or more, in prefill it is worth nothing, so the best split depends on the workload; and
-with ten layers a stage, one layer more on one of them costs more than an idle head saves. Equal splits in that sense:
-more KV blocks win, then the more even one.
+that samples; or both hold and compute half of the head (`head_place.py`). Every f and l is tried, and the pipeline that
+needs the least time for a request is taken: its slowest stage sets the pace of decode and of prefill, its fullest stage
+the number of rows (`steady_state.py`). In a decode step the head may be worth a layer or more, in prefill it is worth
+nothing, so the best split depends on the workload; and with ten layers a stage, one layer more on one of them costs
+more than an idle head saves. Equal splits in that sense: more KV blocks win, then the more even one.
 """
 
 from __future__ import annotations

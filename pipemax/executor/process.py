@@ -108,8 +108,9 @@ class ProcessExecutor:
     ) -> ProcessExecutor:
         """Starts and loads all stages; parameters are named and meant as in `EngineConfig`. `spec` is the model's.
 
-        `choose_head` is given the kind of device ("cpu", "cuda") and says where the head is; without it it is on the
-        last stage. `choose_layers` is given both and gives each stage's layers; without it they are as even as can be.
+        `choose_head` is given the kind of device ("cpu", "cuda") and says where the head is; without it, or where the
+        head cannot be cut, it is on the last stage. `choose_layers` is given both and gives each stage's layers;
+        without it they are as even as can be.
 
         With `max_model_len` None the model's own length counts, cut to what memory holds (`capacity` tells).
 
@@ -126,8 +127,12 @@ class ProcessExecutor:
         cuda = cuda or CudaOptions()
         model_len = max_model_len or spec.max_position_embeddings
         device = resolve_device(device, num_stages=num_stages, stage_devices=cuda.stage_devices)
-        check_checkpoint(model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=model_len)
+        can_cut_head = check_checkpoint(
+            model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=model_len
+        )
         head = HeadPlace.LAST if choose_head is None else choose_head(device)
+        if not can_cut_head:
+            head = HeadPlace.LAST
         layers_of = split_layers(spec.num_layers, num_stages) if choose_layers is None else choose_layers(device, head)
         # Mode 0700; gone when all are connected. It lies where the fork server removes it if this process is killed.
         with tempfile.TemporaryDirectory(prefix="pipemax-", dir=multiprocessing.util.get_temp_dir()) as private_dir:

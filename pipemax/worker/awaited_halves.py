@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pipemax.plan import StepPlan
-from pipemax.worker.awaited_tokens import TokenStore, must_be_received
+from pipemax.worker.awaited_steps import TokenStore, must_be_received
 from pipemax.worker.device import Mark
 from pipemax.worker.row_guard import GuardedSampler, Sampled
 from pipemax.worker.running_step import RunningStep
@@ -45,7 +45,7 @@ class _HandedOn:
 
 
 class AwaitedHalves:
-    """AwaitedSteps (`awaited_tokens.py`)."""
+    """AwaitedSteps. A step is reported with its tokens, once it is sampled."""
 
     def __init__(
         self,

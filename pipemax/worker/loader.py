@@ -39,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 from pipemax.config import ConfigError, LoadFormat
 from pipemax.model_spec import ModelSpec
 from pipemax.worker.model_slice import (
+    can_cut_head,
     check_attention_calls,
     check_passes_hidden_through,
     empty_model,
@@ -63,8 +64,10 @@ def check_checkpoint(
     *,
     num_stages: int = 1,
     max_model_len: int | None = None,
-) -> None:
+) -> bool:
     """Finds in seconds what would fail in a stage: reads config.json, the index and every shard's header, no weights.
+
+    Gives whether the model's head may be cut in two (`head_place.py`).
 
     Raises ModelNotSupported (the model cannot be cut into stages), CheckpointError (files or tensors are missing, cut
     off or of another shape) or ConfigError (no config, more stages than layers).
@@ -79,12 +82,12 @@ def check_checkpoint(
     if num_stages > 1:
         fill_buffers(model, torch.device("cpu"))
         check_passes_hidden_through(model, name=name, device=torch.device("cpu"))
-    if load_format is LoadFormat.DUMMY:
-        return
-    checkpoint = Checkpoint.open(model_dir)
-    if is_head_tied(model, checkpoint):
-        head_of(model).weight = None
-    load_weights(model, checkpoint, torch.device("meta"))
+    if load_format is not LoadFormat.DUMMY:
+        checkpoint = Checkpoint.open(model_dir)
+        if is_head_tied(model, checkpoint):
+            head_of(model).weight = None
+        load_weights(model, checkpoint, torch.device("meta"))
+    return can_cut_head(model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from pipemax.config import ConfigError, LoadFormat
-from pipemax.head_place import HEAD_VARIABLE, HeadPlace
+from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
 from pipemax.worker.attention_hook import ATTENTION_NAME, register
 
@@ -380,11 +380,13 @@ def keep_slice(model: PreTrainedModel, stage: StageSlice, *, tied_head: bool) ->
         head_of(model).weight = None
 
 
-def finish_head(model: PreTrainedModel, stage: StageSlice, *, tied_head: bool) -> None:
-    """Gives a tied head the embedding's weight, once that is loaded, and cuts a shared one to the stage's rows.
+def can_cut_head(model: PreTrainedModel) -> bool:
+    """Whether each logit comes of a row of the head by itself, as far as one can tell: of another module one cannot."""
+    return type(head_of(model)) is nn.Linear
 
-    Raises ModelNotSupported where the head is no matrix that can be cut.
-    """
+
+def finish_head(model: PreTrainedModel, stage: StageSlice, *, tied_head: bool) -> None:
+    """Gives a tied head the embedding's weight, once that is loaded, and cuts a shared one to the stage's rows."""
     if not stage.has_head:
         return
     base, head = base_of(model), head_of(model)
@@ -392,11 +394,7 @@ def finish_head(model: PreTrainedModel, stage: StageSlice, *, tied_head: bool) -
         head.weight = base.embed_tokens.weight
     if not stage.shares_head:
         return
-    if type(head) is not nn.Linear:
-        raise ModelNotSupported(
-            f"{model.config.model_type}: its head is a {type(head).__name__}, which cannot be cut in two; set "
-            f"{HEAD_VARIABLE}=last"
-        )
+    assert can_cut_head(model)
     rows = stage.head_rows(len(head.weight))
     # Rows of an embedding that stays are a view of it; of all else the rest is to be given back.
     shares_memory = tied_head and stage.is_first

@@ -30,7 +30,8 @@ from pipemax.attention.base import AttentionBackend, RowLayout
 from pipemax.plan import Int32Array, Int64Array, NewRequest, StepPlan
 from pipemax.worker.attention_hook import StepContext
 from pipemax.worker.awaited_halves import AwaitedHalves
-from pipemax.worker.awaited_tokens import AwaitedSteps, AwaitedTokens, TokenStore
+from pipemax.worker.awaited_steps import AwaitedSteps, TokenStore
+from pipemax.worker.awaited_tokens import AwaitedTokens
 from pipemax.worker.copy_log import CopyLog
 from pipemax.worker.decode_graphs import DecodeGraphs
 from pipemax.worker.device import Device

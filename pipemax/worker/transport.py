@@ -149,7 +149,7 @@ class StageLinks:
         self._return_ring = _HIDDEN_RING if returns_halves else _TOKEN_RING
         self._hidden_shape: tuple[int, torch.dtype] | None = None
         self._half_shape: tuple[int, torch.dtype] | None = None
-        # To and from the neighbours in the ring: of the last stage's messages and of those to the first, tokens.
+        # Of the link that begins at this stage, and of the one that ends here.
         self._sender: LinkSender | None = None
         self._receiver: LinkReceiver | None = None
         self._groups: list[dist.ProcessGroup] = []  # that this stage is in
