@@ -1,5 +1,7 @@
 """Stages against the whole model: eleven families, one and three stages, ragged rows over shuffled pages."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,7 @@ class Pipeline:
         seed=0,
         device=CPU,
         head=HeadPlace.LAST,
+        allocate_home=None,
     ):
         self.stages, self.stores, self.device = [], [], device
         num_layers = ModelSpec.from_pretrained(folder).num_layers
@@ -60,8 +63,7 @@ class Pipeline:
                 trust_remote_code=False,
             )
             if model.stage.is_first and model.stage.shares_head and device.type == "cuda":
-                self.cuda = CudaDevice(device.index)
-                model.move_embedding(self.cuda.allocate_home)
+                model.move_embedding(allocate_home)
             self.stages.append(model)
             self.stores.append(
                 KVStore(
@@ -177,12 +179,15 @@ def held(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_whole_model_on_a_gpu(folders, family, head):
     folder, whole = folders(family)
-    run_against_the_whole_model(folder, whole, 3, device=cuda_or_skip(), tolerance=1e-4, head=head)
+    device = cuda_or_skip()
+    with contextlib.closing(CudaDevice(device.index)) as cuda:
+        settings = {"head": head, "dtype": "float32", "allocate_home": cuda.allocate_home}
+        run_against_the_whole_model(folder, whole, 3, device=device, tolerance=1e-4, **settings)
 
 
-def run_against_the_whole_model(folder, whole, num_stages, *, device, tolerance, head=HeadPlace.LAST):
+def run_against_the_whole_model(folder, whole, num_stages, *, device, tolerance, **settings):
     assert len(list(folder.glob("*.safetensors"))) > 2
-    pipeline = Pipeline(folder, num_stages, device=device, head=head)
+    pipeline = Pipeline(folder, num_stages, device=device, **settings)
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator) for n in (9, 17, 4)]
 
