@@ -28,6 +28,7 @@ from pipemax.worker.transport import StageLinks
 IntArray = NDArray[np.int_]
 
 BLOCK_SIZE = 16
+TOKENS_BEFORE_CHUNK = 200
 NOTHING = BlockCopies(np.empty(0, np.int32), np.empty(0, np.int32))
 
 
@@ -104,27 +105,36 @@ class OneStage:
             **settings,
         )
 
-    def decode(self, *, keys: IntArray, steps: int, num_homed: int, num_refilled: int) -> list[StepPlan]:
-        """Plans of `steps` decode steps of rows with `keys` keys each (int [rows], counted before the first step).
+    def steps(
+        self, *, keys: IntArray, num_steps: int, chunk: int = 0, num_homed: int = 0, num_refilled: int = 0
+    ) -> list[StepPlan]:
+        """Plans of steps of decode rows with `keys` keys each (int [rows], counted before the first step).
 
-        After each, as many blocks go home and come back to the window.
+        `chunk`: new tokens of one more row, with some before them, the same in each step. After each step as many
+        blocks go home and come back to the window.
         """
+        new_tokens = np.ones(len(keys) + bool(chunk), np.int32)
+        if chunk:
+            keys = np.append(keys, TOKENS_BEFORE_CHUNK + chunk)
+            new_tokens[-1] = chunk
+        advance = (new_tokens == 1).astype(int)
         num_rows = len(keys)
         request_ids = np.arange(self._next_request, self._next_request + num_rows, dtype=np.int64)
         self._next_request += num_rows
-        most_blocks = -(-(keys + steps) // BLOCK_SIZE)
+        most_blocks = -(-(keys + num_steps) // BLOCK_SIZE)
         random = np.random.default_rng(num_rows)
         slots = np.split(random.permutation(self.num_slots)[: most_blocks.sum()], np.cumsum(most_blocks)[:-1])
-        sampling = SamplingParams(temperature=0.0, max_tokens=steps + 1)
+        sampling = SamplingParams(temperature=0.0, max_tokens=num_steps + 1)
         plans = []
-        for turn in range(steps):
-            num_blocks = -(-(keys + turn) // BLOCK_SIZE)
+        for turn in range(num_steps):
+            now = keys + turn * advance
+            num_blocks = -(-now // BLOCK_SIZE)
             homes = random.permutation(self.num_homes).astype(np.int32)
             homed, refilled = homes[:num_homed], homes[num_homed : num_homed + num_refilled]
             window = self.num_slots + random.permutation(self.num_window_slots).astype(np.int32)
             news = (
                 tuple(
-                    NewRequest(i, np.zeros(length, np.int32), sampling, 0, ())
+                    NewRequest(i, np.zeros(length + 1, np.int32), sampling, 0, ())
                     for i, length in zip(request_ids.tolist(), keys.tolist(), strict=True)
                 )
                 if turn == 0
@@ -135,11 +145,11 @@ class OneStage:
                 StepPlan(
                     step_id=self._next_step,
                     batch_id=0,
-                    phase=Phase.DECODE,
+                    phase=Phase.MIXED if chunk else Phase.DECODE,
                     request_ids=request_ids,
-                    num_computed_tokens=(keys - 1 + turn).astype(np.int32),
-                    num_new_tokens=np.ones(num_rows, np.int32),
-                    samples=np.ones(num_rows, np.bool_),
+                    num_computed_tokens=(now - new_tokens).astype(np.int32),
+                    num_new_tokens=new_tokens,
+                    samples=new_tokens == 1,
                     block_table_indptr=np.concatenate([[0], np.cumsum(num_blocks)]).astype(np.int32),
                     block_table_indices=indices.astype(np.int32),
                     write_home=BlockCopies(indices[:num_homed].astype(np.int32), homed) if num_homed else NOTHING,

@@ -95,9 +95,9 @@ def main() -> None:
                 backend=backend, decode_graphs=decode_graphs if name.startswith("decode graphs") else None
             )
             for num_rows in arguments.rows:
-                plans = stage.decode(
+                plans = stage.steps(
                     keys=keys_of_rows(num_rows, mean=arguments.keys, ragged=arguments.ragged),
-                    steps=STEPS,
+                    num_steps=STEPS,
                     num_homed=0 if copies == "none" else max(1, num_rows // BLOCK_SIZE),
                     num_refilled=num_refilled,
                 )

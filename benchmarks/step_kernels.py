@@ -1,6 +1,7 @@
-"""Where a captured decode step's time goes, kernel by kernel of a layer; prints JSON.
+"""Where a decode step's time goes, kernel by kernel of a layer; prints JSON.
 
     python benchmarks/step_kernels.py --model benchmarks/model_configs/Llama-3.1-70B --layers 40 --rows 1 32 64 96
+    python benchmarks/step_kernels.py --model benchmarks/model_configs/Llama-3.1-70B --layers 40 --rows 64 --chunk 60
 
 For each number of rows: the step as `stage_step.py` times it, with blocks going home, and again with some coming back;
 then some steps under torch's profiler, and of all layers what each kernel took, in order, and how long the GPU had
@@ -78,41 +79,45 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the model's; default: all")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 64, 96])
     parser.add_argument("--kv-tokens", type=int, default=36000, help="keys of all rows; a row has 1,500 at most")
+    parser.add_argument("--chunk", type=int, default=0, help="prompt tokens beside these rows")
     parser.add_argument(
-        "--refill", type=int, default=400, help="blocks that come back a step, beside the second timing"
+        "--refill", type=int, default=300, help="blocks that come back a step, beside the second timing"
     )
     arguments = parser.parse_args()
-    most_rows = max(arguments.rows)
+    most_tokens = max(arguments.rows) + arguments.chunk
     means = {num_rows: min(1500, arguments.kv_tokens // num_rows) for num_rows in arguments.rows}
     stage = OneStage(
         arguments.model,
         num_layers=arguments.layers,
-        num_slots=max(num_rows * (2 + (mean + STEPS) // BLOCK_SIZE) for num_rows, mean in means.items()),
+        num_slots=arguments.chunk
+        + max((num_rows + 1) * (2 + (mean + STEPS) // BLOCK_SIZE) for num_rows, mean in means.items()),
         num_window_slots=arguments.refill,
     )
     backend = gpu_stage.open_attention(stage.model, AttentionChoice.FLASHINFER)
-    graphs = stage.prepare(backend, CudaOptions(), most_rows=most_rows, most_keys=2 * max(means.values()) + STEPS)
+    graphs = stage.prepare(
+        backend, CudaOptions(), most_rows=max(256, most_tokens), most_keys=2 * max(means.values()) + STEPS
+    )
     worker = stage.worker(backend=backend, decode_graphs=graphs)
     results = []
     for num_rows, mean in means.items():
         keys = keys_of_rows(num_rows, mean=mean, ragged=True)
         homed = max(1, num_rows // BLOCK_SIZE)
+        common = {"keys": keys, "chunk": arguments.chunk}
         quiet, beside = (
             step_and_issue_seconds(
-                worker, stage.decode(keys=keys, steps=STEPS, num_homed=homed, num_refilled=num_refilled)
-            )[0]
+                worker, stage.steps(num_steps=STEPS, num_homed=homed, num_refilled=num_refilled, **common)
+            )
             for num_refilled in (0, arguments.refill)
         )
-        table = table_of(
-            layers_of(kernels_of(worker, stage.decode(keys=keys, steps=PROFILED_STEPS, num_homed=0, num_refilled=0)))
-        )
+        table = table_of(layers_of(kernels_of(worker, stage.steps(num_steps=PROFILED_STEPS, **common))))
         layer_microseconds = sum(row["microseconds"] + row["then_nothing"] for row in table)
         results.append(
             {
                 "rows": num_rows,
                 "kv_tokens": int(keys.sum()),
-                "step_milliseconds": round(1e3 * quiet, 3),
-                "step_beside_refill_milliseconds": round(1e3 * beside, 3),
+                "step_milliseconds": round(1e3 * quiet[0], 3),
+                "issue_milliseconds": round(1e3 * quiet[1], 3),
+                "step_beside_refill_milliseconds": round(1e3 * beside[0], 3),
                 "layer_microseconds": round(layer_microseconds, 1),
                 "kernels": table,
             }
