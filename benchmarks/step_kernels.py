@@ -4,8 +4,8 @@
     python benchmarks/step_kernels.py --model benchmarks/model_configs/Llama-3.1-70B --layers 40 --rows 64 --chunk 60
 
 For each number of rows: the step as `stage_step.py` times it, with blocks going home, and again with some coming back;
-then some steps under torch's profiler, and of all layers what each kernel took, in order, and how long the GPU had
-nothing to do after it (less than 0 where the next begins before it has ended). The profiler makes steps longer.
+then both under torch's profiler: of all layers what each kernel took, in order, and how long the GPU had nothing to do
+after it (less than 0 where the next begins before it has ended). The profiler makes steps longer.
 """
 
 from __future__ import annotations
@@ -109,8 +109,17 @@ def main() -> None:
             )
             for num_refilled in (0, arguments.refill)
         )
-        table = table_of(layers_of(kernels_of(worker, stage.steps(num_steps=PROFILED_STEPS, **common))))
-        layer_microseconds = sum(row["microseconds"] + row["then_nothing"] for row in table)
+        tables = [
+            table_of(
+                layers_of(
+                    kernels_of(
+                        worker,
+                        stage.steps(num_steps=PROFILED_STEPS, num_homed=homed, num_refilled=num_refilled, **common),
+                    )
+                )
+            )
+            for num_refilled in (0, arguments.refill)
+        ]
         results.append(
             {
                 "rows": num_rows,
@@ -118,8 +127,8 @@ def main() -> None:
                 "step_milliseconds": round(1e3 * quiet[0], 3),
                 "issue_milliseconds": round(1e3 * quiet[1], 3),
                 "step_beside_refill_milliseconds": round(1e3 * beside[0], 3),
-                "layer_microseconds": round(layer_microseconds, 1),
-                "kernels": table,
+                "kernels": tables[0],
+                "kernels_beside_refill": tables[1],
             }
         )
     settings = {name: str(value) for name, value in vars(arguments).items()}

@@ -27,10 +27,19 @@ class LoadFormat(enum.StrEnum):
 
 
 class KVOffload(enum.StrEnum):
-    """ON: blocks have homes in host memory and travel. OFF: KV lives on the device alone (for comparison)."""
+    """ON: blocks have homes in host memory and travel. OFF: KV lives on the device alone."""
 
     ON = "on"
     OFF = "off"
+
+
+class OffloadChoice(enum.StrEnum):
+    """AUTO: ON where host memory has homes for more blocks than the device holds. Every block needs a home, so with
+    fewer of them less KV could be live than without."""
+
+    AUTO = "auto"
+    ON = KVOffload.ON.value
+    OFF = KVOffload.OFF.value
 
 
 class PhasePolicyName(enum.StrEnum):
@@ -57,10 +66,11 @@ class EngineConfig:
     num_window_blocks            of those, blocks that serve as the window; default: an eighth, 0 without offloading
     host_memory_gib              host memory for KV homes, all stages of all pipelines together; default: from what is
                                  free
-    max_num_seqs                 most rows in one step
+    max_num_seqs                 most rows in one step; default: on GPUs what their memory has KV for, 256 to 1,024; on
+                                 CPUs 256
     max_num_batched_tokens       most new tokens in one prefill step
     async_scheduling             plan a batch's next step before the tokens of its last one are known
-    kv_offload                   "on" | "off": whether KV may live in host memory
+    kv_offload                   "auto" | "on" | "off": whether KV may live in host memory
     phase_policy                 "auto" | "mixed" | "disaggregated": how prefill and decode share the steps
     stall_seconds                a pipeline in which nothing gets on for so long is ended
     threads_per_stage            CPU threads of a stage; default: cores divided by stages of all pipelines
@@ -88,10 +98,10 @@ class EngineConfig:
     num_device_blocks: int | None = None
     num_window_blocks: int | None = None
     host_memory_gib: float | None = None
-    max_num_seqs: int = 256
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int = 2048
     async_scheduling: bool = True
-    kv_offload: KVOffload = KVOffload.ON
+    kv_offload: OffloadChoice = OffloadChoice.AUTO
     phase_policy: PhasePolicyName = PhasePolicyName.AUTO
     threads_per_stage: int | None = None
     stall_seconds: float = DEFAULT_STALL_SECONDS
@@ -116,7 +126,7 @@ class EngineConfig:
         positive("block_size")
         positive("num_device_blocks", minimum=2, optional=True)
         positive("num_window_blocks", minimum=0, optional=True)
-        positive("max_num_seqs")
+        positive("max_num_seqs", optional=True)
         positive("max_num_batched_tokens")
         positive("threads_per_stage", optional=True)
         if not self.stall_seconds > 0:
@@ -145,7 +155,7 @@ class EngineConfig:
             )
         for name, kind in (
             ("load_format", LoadFormat),
-            ("kv_offload", KVOffload),
+            ("kv_offload", OffloadChoice),
             ("phase_policy", PhasePolicyName),
             ("attention_backend", AttentionChoice),
         ):

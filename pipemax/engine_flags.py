@@ -71,7 +71,12 @@ _FLAGS = {
         short=("-dp",),
     ),
     "num_batches": _Flag(_PIPELINE, "N", "Batches in flight.", default="one a stage"),
-    "max_num_seqs": _Flag(_PIPELINE, "ROWS", "Most rows in one step of one batch."),
+    "max_num_seqs": _Flag(
+        _PIPELINE,
+        "ROWS",
+        "Most rows in one step of one batch.",
+        default="256; on GPUs up to 1,024, as many as their memory has KV for",
+    ),
     "max_num_batched_tokens": _Flag(_PIPELINE, "TOKENS", "Most prompt tokens in one prefill step."),
     "threads_per_stage": _Flag(_PIPELINE, "N", "CPU threads of a stage.", default="cores divided by stages"),
     "stall_seconds": _Flag(
@@ -86,7 +91,12 @@ _FLAGS = {
         "How prefill and decode share the steps: mixed, disaggregated or auto, which is the one that is expected to be "
         "faster.",
     ),
-    "kv_offload": _Flag(_KV, "MODE", "on keeps KV of waiting batches in host memory; off is for comparison."),
+    "kv_offload": _Flag(
+        _KV,
+        "MODE",
+        "on keeps KV of waiting batches in host memory, off does not; auto is on where host memory has room for more "
+        "of it than the GPUs.",
+    ),
     "block_size": _Flag(_KV, "TOKENS", "Tokens in a KV block."),
     "num_device_blocks": _Flag(
         _KV, "BLOCKS", "KV blocks on each device, window included.", default="from the device's memory"

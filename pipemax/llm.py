@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipemax.config import ConfigError, EngineConfig
+from pipemax.config import ConfigError, EngineConfig, KVOffload
 from pipemax.control_plane import build_scheduler
 from pipemax.cost.forecast import Forecast
 from pipemax.cost.load import stages_of
@@ -27,7 +27,6 @@ from pipemax.cost.table import best_cost_model
 from pipemax.engine import Engine, EngineUpdate
 from pipemax.engine_stats import EngineStats
 from pipemax.executor.process import ProcessExecutor
-from pipemax.head_place import head_place
 from pipemax.local_hardware import this_server
 from pipemax.model_spec import ModelSpec
 from pipemax.observer import EngineObserver
@@ -35,7 +34,7 @@ from pipemax.output_processor import OutputProcessor
 from pipemax.plan import Capacity, Phase
 from pipemax.request import FinishReason, GenerationError, RequestError, RequestOutput, SamplingParams
 from pipemax.scheduling.request_state import RequestState
-from pipemax.stage_layers import choose_layers
+from pipemax.shape_choice import choose_shape
 from pipemax.text_generator import GenerationRequest, Message, TextGenerator
 from pipemax.tokenization import Tokenizer
 from pipemax.worker.gguf import cached_gguf_folder
@@ -84,15 +83,13 @@ class LLM(TextGenerator):
             num_window_blocks=config.num_window_blocks,
             host_memory_gib=config.host_memory_gib,
             max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             kv_offload=config.kv_offload,
             threads_per_stage=config.threads_per_stage,
             stall_seconds=config.stall_seconds,
             cuda=config.cuda_options,
-            choose_head=head_place,
-            choose_layers=partial(
-                choose_layers,
+            choose_shape=partial(
+                choose_shape,
                 spec,
                 num_stages=config.pipeline_parallel_size,
                 num_batches=num_batches,
@@ -100,22 +97,24 @@ class LLM(TextGenerator):
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 block_size=config.block_size,
                 kv_offload=config.kv_offload,
+                gpu_memory_utilization=config.gpu_memory_utilization,
             ),
         )
         capacity = self._executor.capacity
+        self.max_num_seqs = self._executor.shape.max_num_seqs
         scheduler = build_scheduler(
             capacity=capacity,
             num_batches=num_batches,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             async_scheduling=config.async_scheduling,
             phase_policy=config.phase_policy,
-            kv_offload=config.kv_offload,
+            kv_offload=KVOffload.ON if capacity.num_host_blocks else KVOffload.OFF,
             forecast=self._forecast(spec),
         )
         # A request that is longer than either pool could never run, whatever the model allows.
         self.max_model_len = min(model_len, scheduler.max_blocks_per_request * capacity.block_size)
-        self._max_queued = 2 * num_batches * config.max_num_seqs
+        self._max_queued = 2 * num_batches * self.max_num_seqs
         self._engine = Engine(scheduler=scheduler, executor=self._executor)
         self._outputs = OutputProcessor(tokenizer=self._tokenizer)
         self._started_seconds = self._executor.now()
@@ -239,11 +238,11 @@ class LLM(TextGenerator):
 
     def _forecast(self, spec: ModelSpec) -> Forecast:
         """Where estimates start; steps correct them."""
-        layers = self._executor.stage_layers
-        server = this_server(self._executor.device, num_stages=len(layers))
+        shape = self._executor.shape
+        server = this_server(self._executor.device, num_stages=len(shape.layers))
         return Forecast(
             cost=best_cost_model(model=spec, gpu=server.gpu),
-            stages=stages_of(layers, head=self._executor.head),
+            stages=stages_of(shape.layers, head=shape.head),
             link=server.host_link,
             block_bytes=self._executor.capacity.block_bytes,
         )

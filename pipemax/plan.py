@@ -53,6 +53,7 @@ class Capacity:
     """What an executor offers, in blocks; the same on every stage. Sizes come from here and nowhere else.
 
     `num_device_blocks` counts every device slot; `num_window_blocks` of them serve as the window at first.
+    `num_host_blocks` is 0 where KV stays on the device.
     `block_bytes` is one block over all layers of one stage (the largest stage), the unit of the link's budget.
     """
 

@@ -32,6 +32,8 @@ _POLITE_SECONDS = 5.0
 # A pipeline that hangs is ended by its own watchdog after `stall_seconds`. So much later the replica hangs itself.
 _SILENCE_SECONDS = 60.0
 _ATTENTION_SECONDS = 10.0
+# Sent ahead of what an engine has taken: more than it takes while the news of that are on their way.
+_FEWEST_AHEAD = 64
 
 
 class ReplicaState(enum.Enum):
@@ -48,7 +50,7 @@ class Replica:
     stats       of the engine that runs or ran last
     """
 
-    def __init__(self, *, index: int, settings: Mapping[str, Any], requests_ahead: int, stall_seconds: float) -> None:
+    def __init__(self, *, index: int, settings: Mapping[str, Any], stall_seconds: float) -> None:
         self.index = index
         self.state = ReplicaState.DOWN
         self.in_flight: dict[str, GenerationRequest] = {}
@@ -58,7 +60,7 @@ class Replica:
         self.fruitless_failures = 0
         self.start_at_seconds = 0.0
         self._settings = settings
-        self._requests_ahead = requests_ahead
+        self._requests_ahead = 0
         self._silence_seconds = stall_seconds + _SILENCE_SECONDS
         self._heard_seconds = 0.0
         self._checked_seconds = 0.0
@@ -122,6 +124,7 @@ class Replica:
         if isinstance(message, ReplicaReady):
             self.ready = message
             self.state = ReplicaState.RUNNING
+            self._requests_ahead = max(_FEWEST_AHEAD, message.max_num_seqs)
             self.room = self._requests_ahead
             return None
         assert isinstance(message, ReplicaNews)

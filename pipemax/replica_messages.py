@@ -46,6 +46,7 @@ class ReplicaReady:
     capacity: Capacity
     max_model_len: int
     vocab_size: int
+    max_num_seqs: int
 
 
 @dataclass(frozen=True, slots=True)

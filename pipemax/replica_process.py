@@ -95,6 +95,7 @@ def _run(settings: ReplicaSettings, pipe: Connection) -> NoReturn:
             capacity=llm.capacity,
             max_model_len=llm.max_model_len,
             vocab_size=llm.vocab_size,
+            max_num_seqs=llm.max_num_seqs,
         )
     )
     with settled_heap():

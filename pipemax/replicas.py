@@ -39,8 +39,6 @@ _LONGEST_PAUSE_SECONDS = 30.0
 # While the caller has nothing now: so long a request that comes may wait.
 _ASK_AGAIN_SECONDS = 0.02
 _LOOK_AROUND_SECONDS = 1.0
-# Sent ahead of what an engine has taken: more than it takes while the news of that are on their way.
-_FEWEST_AHEAD = 64
 # Of free host memory, as one pipeline takes by default.
 _HOST_SHARE = 0.25
 
@@ -76,7 +74,6 @@ class Replicas(TextGenerator):
             Replica(
                 index=index,
                 settings=one,
-                requests_ahead=max(_FEWEST_AHEAD, config.max_num_seqs),
                 stall_seconds=config.stall_seconds,
             )
             for index, one in enumerate(_divide(config))

@@ -44,7 +44,7 @@ class EchoEngine:
         self.max_model_len = 100
         self.vocab_size = 10
         self.capacity = Capacity(settings["pipeline_parallel_size"], 16, 10, 2, 20, 100)
-        self._max_num_seqs = settings["max_num_seqs"]
+        self.max_num_seqs = settings["max_num_seqs"]
         self._observer: EngineObserver | None = None
         self._num_answered = 0
         self._dropping = False
@@ -68,7 +68,7 @@ class EchoEngine:
             if self._dropping:
                 self._dropping = False
                 queued.clear()
-            while not exhausted and len(queued) < 2 * self._max_num_seqs:
+            while not exhausted and len(queued) < 2 * self.max_num_seqs:
                 try:
                     request = next(source)
                 except StopIteration:
@@ -77,7 +77,7 @@ class EchoEngine:
                 if request is None:
                     break
                 queued.append(request)
-            while queued and len(live) < self._max_num_seqs:
+            while queued and len(live) < self.max_num_seqs:
                 request = queued.pop(0)
                 live[request.request_id] = [request, 2 + hash(request.request_id) % 4]
             time.sleep(_STEP_SECONDS)

@@ -131,7 +131,7 @@ def test_a_head_that_cannot_be_cut_stays_whole(model: Path, monkeypatch: pytest.
         model, device="cpu", skip_tokenizer_init=True, pipeline_parallel_size=2, host_memory_gib=0.05, max_model_len=64
     ) as llm:
         executor: Any = llm.engine.executor
-        assert executor.head is HeadPlace.LAST
+        assert executor.shape.head is HeadPlace.LAST
         (output,) = llm.generate([[3, 4, 5]], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 3
 

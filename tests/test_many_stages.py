@@ -66,7 +66,7 @@ def test_eight_stages_give_the_tokens_of_the_whole_model(model: tuple[Path, Llam
         max_num_batched_tokens=24,
         threads_per_stage=1,
     ) as llm:
-        layers = llm._executor.stage_layers
+        layers = llm._executor.shape.layers
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True))
         stats = llm.stats()
     assert [output.outputs[0].token_ids for output in outputs] == expected

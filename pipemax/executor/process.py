@@ -29,13 +29,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipemax.config import DEFAULT_STALL_SECONDS, KVOffload, LoadFormat
+from pipemax.config import DEFAULT_STALL_SECONDS, LoadFormat, OffloadChoice
 from pipemax.cuda_options import CudaOptions
 from pipemax.executor.sizing import KVWishes, available_cores, free_host_bytes, size_kv
 from pipemax.executor.stage_group import StageGroup
 from pipemax.executor.stage_handle import start_server
 from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
+from pipemax.pipeline_shape import FEWEST_NUM_SEQS, PipelineShape
 from pipemax.plan import Capacity, Int64Array, StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -62,16 +63,14 @@ class ProcessExecutor:
         self,
         *,
         stages: StageGroup,
-        stage_layers: Sequence[range],
-        head: HeadPlace,
+        shape: PipelineShape,
         capacity: Capacity,
         vocab_size: int,
         device: str,
         start_up: Sequence[tuple[StartUpPart, ...]],
     ) -> None:
         self._stages = stages
-        self._stage_layers = tuple(stage_layers)
-        self._head = head
+        self._shape = shape
         self._capacity = capacity
         self._vocab_size = vocab_size
         self._device = device
@@ -97,20 +96,17 @@ class ProcessExecutor:
         num_device_blocks: int | None = None,
         num_window_blocks: int | None = None,
         host_memory_gib: float | None = None,
-        max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
-        kv_offload: KVOffload = KVOffload.ON,
+        kv_offload: OffloadChoice = OffloadChoice.AUTO,
         threads_per_stage: int | None = None,
         stall_seconds: float = DEFAULT_STALL_SECONDS,
         cuda: CudaOptions | None = None,
-        choose_head: Callable[[str], HeadPlace] | None = None,
-        choose_layers: Callable[[str, HeadPlace], Sequence[range]] | None = None,
+        choose_shape: Callable[[str, bool], PipelineShape] | None = None,
     ) -> ProcessExecutor:
         """Starts and loads all stages; parameters are named and meant as in `EngineConfig`. `spec` is the model's.
 
-        `choose_head` is given the kind of device ("cpu", "cuda") and says where the head is; without it, or where the
-        head cannot be cut, it is on the last stage. `choose_layers` is given both and gives each stage's layers;
-        without it they are as even as can be.
+        `choose_shape` is given the kind of device ("cpu", "cuda") and whether the head can be cut. Without it the head
+        is on the last stage, layers are as even as can be, and steps have 256 rows at most.
 
         With `max_model_len` None the model's own length counts, cut to what memory holds (`capacity` tells).
 
@@ -130,16 +126,17 @@ class ProcessExecutor:
         can_cut_head = check_checkpoint(
             model_dir, load_format, trust_remote_code, num_stages=num_stages, max_model_len=model_len
         )
-        head = HeadPlace.LAST if choose_head is None else choose_head(device)
-        if not can_cut_head:
-            head = HeadPlace.LAST
-        layers_of = split_layers(spec.num_layers, num_stages) if choose_layers is None else choose_layers(device, head)
+        if choose_shape is not None:
+            shape = choose_shape(device, can_cut_head)
+        else:
+            even = tuple(split_layers(spec.num_layers, num_stages))
+            shape = PipelineShape(HeadPlace.LAST, even, FEWEST_NUM_SEQS)
         # Mode 0700; gone when all are connected. It lies where the fork server removes it if this process is killed.
         with tempfile.TemporaryDirectory(prefix="pipemax-", dir=multiprocessing.util.get_temp_dir()) as private_dir:
             stages = StageGroup(
                 [
                     StageSettings(
-                        stage=StageSlice(index, num_stages, layers, head),
+                        stage=StageSlice(index, num_stages, layers, shape.head),
                         model_dir=model_dir,
                         rendezvous=Path(private_dir) / "rendezvous",
                         device=device,
@@ -151,12 +148,12 @@ class ProcessExecutor:
                         block_size=block_size,
                         num_threads=threads_per_stage or max(1, available_cores() // num_stages),
                         environment=dict(os.environ),
-                        max_num_seqs=max_num_seqs,
+                        max_num_seqs=shape.max_num_seqs,
                         max_num_batched_tokens=max_num_batched_tokens,
                         beat_seconds=min(_BEAT_SECONDS, stall_seconds / 4),
                         cuda=cuda,
                     )
-                    for index, layers in enumerate(layers_of)
+                    for index, layers in enumerate(shape.layers)
                 ],
                 stall_seconds=stall_seconds,
             )
@@ -167,7 +164,7 @@ class ProcessExecutor:
                     KVWishes(
                         block_size=block_size,
                         max_model_len=max_model_len,
-                        max_num_seqs=max_num_seqs,
+                        max_num_seqs=shape.max_num_seqs,
                         num_batches=num_batches or num_stages,
                         num_device_blocks=num_device_blocks,
                         num_window_blocks=num_window_blocks,
@@ -185,8 +182,7 @@ class ProcessExecutor:
                 raise
         return cls(
             stages=stages,
-            stage_layers=layers_of,
-            head=head,
+            shape=shape,
             capacity=capacity,
             vocab_size=spec.vocab_size,
             device=device,
@@ -198,13 +194,8 @@ class ProcessExecutor:
         return self._capacity
 
     @property
-    def stage_layers(self) -> tuple[range, ...]:
-        """The model's layers that each stage holds."""
-        return self._stage_layers
-
-    @property
-    def head(self) -> HeadPlace:
-        return self._head
+    def shape(self) -> PipelineShape:
+        return self._shape
 
     @property
     def start_up(self) -> tuple[tuple[StartUpPart, ...], ...]:

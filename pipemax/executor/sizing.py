@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipemax.config import ConfigError, KVOffload
+from pipemax.config import ConfigError, OffloadChoice
 from pipemax.plan import Capacity
 
 GIB = 1024**3
@@ -34,7 +34,7 @@ class KVWishes:
     num_device_blocks: int | None
     num_window_blocks: int | None
     host_memory_gib: float | None
-    offload: KVOffload = KVOffload.ON
+    offload: OffloadChoice = OffloadChoice.AUTO
 
 
 def size_kv(
@@ -44,7 +44,7 @@ def size_kv(
     free_device_bytes: Sequence[int] | None,
     free_host_bytes: int,
 ) -> Capacity:
-    """Blocks for stages with these sizes of a block.
+    """Blocks for stages with these sizes of a block; none at home, and no window, where KV stays on the device.
 
     `free_device_bytes` is what each stage's device has left for KV; None where devices are host memory.
 
@@ -59,21 +59,23 @@ def size_kv(
     elif device_blocks is None:
         wanted = wishes.num_batches * wishes.max_num_seqs * -(-_TOKENS_A_ROW // wishes.block_size)
         device_blocks = min(wanted, int(free_host_bytes * host_share) // block_bytes)
-    window_blocks = wishes.num_window_blocks
-    if window_blocks is None:
-        window_blocks = device_blocks // 8 if wishes.num_batches > 1 and wishes.offload is KVOffload.ON else 0
     host_gib = wishes.host_memory_gib
     host_blocks = int(free_host_bytes * host_share if host_gib is None else host_gib * GIB) // block_bytes
-    if wishes.offload is KVOffload.OFF:
+    window_blocks = wishes.num_window_blocks
+    offloads = _offloads(wishes, device_blocks=device_blocks, host_blocks=host_blocks)
+    if not offloads:
         if window_blocks:
             raise ConfigError("num_window_blocks is for blocks that travel: set it to 0, or kv_offload to on")
-        host_blocks = 0
+        host_blocks = window_blocks = 0
+    elif window_blocks is None:
+        window_blocks = device_blocks // 8 if wishes.num_batches > 1 else 0
     _check(
         wishes,
         device_blocks=device_blocks,
         window_blocks=window_blocks,
         host_blocks=host_blocks,
         block_bytes=block_bytes,
+        offloads=offloads,
         free_host_bytes=free_host_bytes,
         devices_are_host=free_device_bytes is None,
     )
@@ -87,6 +89,13 @@ def size_kv(
     )
 
 
+def _offloads(wishes: KVWishes, *, device_blocks: int, host_blocks: int) -> bool:
+    """Whoever wants a window wants blocks to travel."""
+    if wishes.offload is OffloadChoice.AUTO:
+        return host_blocks >= device_blocks or bool(wishes.num_window_blocks)
+    return wishes.offload is OffloadChoice.ON
+
+
 def _check(
     wishes: KVWishes,
     *,
@@ -94,6 +103,7 @@ def _check(
     window_blocks: int,
     host_blocks: int,
     block_bytes: int,
+    offloads: bool,
     free_host_bytes: int,
     devices_are_host: bool,
 ) -> None:
@@ -107,7 +117,7 @@ def _check(
         raise ConfigError(
             f"{request} and the device holds {device_blocks}: {how}, or set max_model_len to at most {fitting}"
         )
-    if host_blocks < needed and wishes.offload is KVOffload.ON:
+    if offloads and host_blocks < needed:
         needed_gib = needed * block_bytes / GIB
         raise ConfigError(
             f"{request} and host memory holds {host_blocks}: set host_memory_gib to at least {needed_gib:.3g}, "

@@ -20,6 +20,7 @@ from typing import Any
 import ray.data
 
 from pipemax.config import ConfigError, EngineConfig
+from pipemax.pipeline_shape import FEWEST_NUM_SEQS
 from pipemax.ray.pipeline_actor import PipelineActor
 from pipemax.ray.rows import ERROR_COLUMN
 from pipemax.replicas import DEFAULT_MAX_RESTARTS
@@ -148,7 +149,9 @@ def _finished(postprocess: RowFunction, row: Row) -> Row:
 
 def _map_batches_kwargs(config: PipeMaxEngineProcessorConfig) -> dict[str, Any]:
     engine = _engine_config(config)
-    rows_in_batches = engine.data_parallel_size * engine.max_num_seqs * _num_batches(engine)
+    # The actor's engine may choose up to four times as many for itself: that is half of what is on its way.
+    max_num_seqs = engine.max_num_seqs or FEWEST_NUM_SEQS
+    rows_in_batches = engine.data_parallel_size * max_num_seqs * _num_batches(engine)
     batch_size = config.batch_size or math.ceil(_ROWS_AHEAD * rows_in_batches / config.max_concurrent_batches)
     if batch_size * config.max_concurrent_batches < rows_in_batches:
         _log.warning(

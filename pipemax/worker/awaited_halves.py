@@ -4,8 +4,13 @@
     first stage    step k+1 | take what step k+2 needs: the other half, sample: tokens of step k | step k+2 ...
 
 So the head's memory and its time are shared by the two ends, and tokens are where they are needed. A step is reported
-once it is sampled, and those behind it after it, in plan order. With nothing else to do, this stage samples the oldest
-step without being asked: the scheduler may have to know its tokens before it can plan.
+once it is sampled, and those behind it after it, in plan order. With no plan at hand, this stage samples the oldest
+step without being asked, since the scheduler may have to know its tokens before it can plan; on a GPU only once its
+message has come. A wait for one that is still to come would stand in the stream before a plan that comes meanwhile and
+does not need it:
+
+    the host is ahead     k | k+1 | wait k | sample k | wait k+1 ............ | sample k+1 | k+2    k+2 needs k only
+    so it asks first      k | k+1 | wait k | sample k | k+2 | wait k+1 | sample k+1 | k+3
 
 The sampler learns of requests in the order of the steps that it samples, which is behind the plans: one that ended
 meanwhile may still have a row in a step that was planned before that was known.
@@ -96,6 +101,9 @@ class AwaitedHalves:
     @property
     def oldest_step_id(self) -> int | None:
         return self._awaited[0] if self._awaited else None
+
+    def oldest_has_come(self) -> bool:
+        return bool(self._awaited) and self._links.half_has_come()
 
     def receive_oldest(self) -> None:
         self._awaited.popleft()

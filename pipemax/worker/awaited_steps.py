@@ -36,6 +36,10 @@ class AwaitedSteps(Protocol):
         """Of the steps that no report can be given of until its message is received; None where there is none."""
         ...
 
+    def oldest_has_come(self) -> bool:
+        """Whether `receive_oldest` would hold up nothing: no plan that may come before the message."""
+        ...
+
     def receive_oldest(self) -> None:
         """Gets that message. Raises LinkError."""
         ...

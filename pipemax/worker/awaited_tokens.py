@@ -61,6 +61,9 @@ class AwaitedTokens:
     def oldest_step_id(self) -> int | None:
         return None
 
+    def oldest_has_come(self) -> bool:
+        return False
+
     def receive_oldest(self) -> None:
         raise AssertionError("no report waits for tokens")
 

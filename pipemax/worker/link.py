@@ -37,6 +37,11 @@ class LinkReceiver(Protocol):
         """One more message, of that buffer's shape and dtype, is to come. Raises LinkError."""
         ...
 
+    def has_come(self) -> bool:
+        """Whether to `receive` now would hold nothing up, as far as the host can see: the oldest expected message is
+        there, or there is nothing that could be done before it."""
+        ...
+
     def receive(self) -> Tensor:
         """The oldest expected message, for what is issued from here on. Raises LinkError."""
         ...

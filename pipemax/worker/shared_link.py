@@ -117,8 +117,13 @@ class SharedRing:
         return RingAddress(os.getpid(), self._file_descriptor, self.shape)
 
     @property
-    def num_taken(self) -> int:
+    def num_sent(self) -> int:
         """As the host sees it now, modulo 2 ** 32; the GPU may be further."""
+        return int(self._counters[0].item()) % 2**32
+
+    @property
+    def num_taken(self) -> int:
+        """As `num_sent`."""
         return int(self._counters[_COUNTER_BYTES // 4].item()) % 2**32
 
     def place(self, part: int, num_bytes: int) -> Tensor:
@@ -176,6 +181,11 @@ class SharedReceiver:
 
     def expect(self, make_buffer: Callable[[], Tensor]) -> None:
         self._buffers.append(make_buffer)
+
+    def has_come(self) -> bool:
+        """The first part is there; the others follow at once. Messages before it that the stream still waits for have
+        to come first."""
+        return 0 < (self._ring.num_sent - self._num_taken) % 2**32 < 2**31
 
     def receive(self) -> Tensor:
         tensor = self._buffers.popleft()()

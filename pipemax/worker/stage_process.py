@@ -52,6 +52,8 @@ from pipemax.worker.transfer import layers_per_copy
 from pipemax.worker.transport import StageLinks, possible_media
 
 _PACKAGE = Path(__file__).parents[1]
+# With no plan at hand: for the message of a step that waits for one.
+_LOOK_AGAIN_SECONDS = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,17 +393,21 @@ def _run_plans(
 
     while True:
         take_all()
-        if not coming and (waiting := worker.waiting_step_id) is not None:
-            pulse.begin_step(waiting)
-            steps = worker.finish_waiting_step()
-        else:
-            if not coming:
-                pulse.wait()
-                take(inbox.get())
-                take_all()
+        if coming:
             plan = coming.popleft()
             pulse.begin_step(plan.step_id)
             steps = worker.run_step(plan)
+        elif (waiting := worker.waiting_step_id) is None:
+            pulse.wait()
+            take(inbox.get())
+            continue
+        elif worker.waiting_step_has_come():
+            pulse.begin_step(waiting)
+            steps = worker.finish_waiting_step()
+        else:
+            with contextlib.suppress(queue.Empty):
+                take(inbox.get(timeout=_LOOK_AGAIN_SECONDS))
+            continue
         for step in steps:
             report_on(step)
 

@@ -187,6 +187,10 @@ class StageWorker:
         """Of the oldest step that cannot be reported before `finish_waiting_step`; None where there is none."""
         return None if self._awaited is None else self._awaited.oldest_step_id
 
+    def waiting_step_has_come(self) -> bool:
+        """Whether `finish_waiting_step` would hold up no plan that may come meanwhile."""
+        return self._awaited is not None and self._awaited.oldest_has_come()
+
     @torch.inference_mode()
     def finish_waiting_step(self) -> list[RunningStep]:
         """With no plan to run: what that step still needs. Gives steps as `run_step` does. Raises LinkError."""

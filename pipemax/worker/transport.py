@@ -239,6 +239,11 @@ class StageLinks:
             width, dtype = shape
             self._receiver.expect(functools.partial(torch.empty, num_rows, width, dtype=dtype, device=self._device))
 
+    def half_has_come(self) -> bool:
+        """First stage: whether `receive_half` would hold nothing up, as far as the host can see."""
+        assert self._receiver is not None and self._stage == 0
+        return self._receiver.has_come()
+
     def receive_half(self) -> tuple[Tensor, Tensor]:
         """First stage: what `send_half` was given of the oldest step; as `receive_hidden`. Raises LinkError."""
         assert self._receiver is not None and self._stage == 0

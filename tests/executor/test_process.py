@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipemax.config import ConfigError, LoadFormat
+from pipemax.config import ConfigError, LoadFormat, OffloadChoice
 from pipemax.executor.base import ExecutorError
 from pipemax.executor.process import ProcessExecutor
 from pipemax.executor.stage_group import StageGroup
@@ -349,7 +349,10 @@ def test_links_that_cannot_be_made(model_dir: Path, monkeypatch: pytest.MonkeyPa
     ("settings", "what"),
     [
         ({"num_device_blocks": 8}, "needs 16 KV blocks and the device holds 8: raise num_device_blocks, or set max"),
-        ({"host_memory_gib": 1e-5}, "host memory holds 2: set host_memory_gib to at least"),
+        (
+            {"host_memory_gib": 1e-5, "kv_offload": OffloadChoice.ON},
+            "host memory holds 2: set host_memory_gib to at least",
+        ),
         ({"host_memory_gib": 1e6}, "GiB are free: lower host_memory_gib"),
         ({"num_stages": 6}, "layers"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipemax.config import ConfigError
+from pipemax.config import ConfigError, OffloadChoice
 from pipemax.executor.sizing import GIB, KVWishes, available_cores, free_host_bytes, size_kv
 
 WISHES = KVWishes(
@@ -57,6 +57,25 @@ def test_numbers_that_were_asked_for_are_kept() -> None:
     assert size(replace(WISHES, num_batches=1))[1] == 0
 
 
+def test_kv_stays_on_the_device_where_host_memory_holds_less_of_it() -> None:
+    gpus = [300 * MIB, 900 * MIB]
+    few = replace(WISHES, host_memory_gib=1.0)
+    assert size(few, free_device_bytes=gpus) == [300, 0, 0]
+    assert size(replace(few, host_memory_gib=1.2), free_device_bytes=gpus) == [300, 37, 307]
+    # Who says so, or asks for a window, has homes all the same.
+    assert size(replace(few, offload=OffloadChoice.ON), free_device_bytes=gpus) == [300, 37, 256]
+    assert size(replace(few, num_window_blocks=20), free_device_bytes=gpus) == [300, 20, 256]
+    # And not even one request has to fit then.
+    assert size(replace(few, host_memory_gib=0.1), free_device_bytes=gpus) == [300, 0, 0]
+
+
+def test_without_homes_there_is_no_window() -> None:
+    off = replace(WISHES, offload=OffloadChoice.OFF)
+    assert size(off) == [512, 0, 0]
+    with pytest.raises(ConfigError, match="num_window_blocks is for blocks that travel: set it to 0, or kv_offload"):
+        size(replace(off, num_window_blocks=20))
+
+
 @pytest.mark.parametrize(
     ("wishes", "free_gib", "what"),
     [
@@ -67,7 +86,7 @@ def test_numbers_that_were_asked_for_are_kept() -> None:
         ),
         (WISHES, 0.99, r"the device holds 63: the free memory sets that number, or set max_model_len to at most 1008"),
         (
-            replace(WISHES, host_memory_gib=0.2),
+            replace(WISHES, host_memory_gib=0.2, offload=OffloadChoice.ON),
             8.0,
             r"host memory holds 51: set host_memory_gib to at least 0.25, or max",
         ),

@@ -19,13 +19,19 @@ NUM_STAGES = 2
 
 @dataclass
 class Links:
-    """Every message is there when it is asked for: hidden states of ones, logits of its number."""
+    """Every message is there when it is asked for: hidden states of ones, logits of its number. Whether the host sees
+    it is the test's to say."""
 
     expected: deque[int] = field(default_factory=deque)
     num_received: int = 0
+    host_sees_it: bool = False
 
     def expect_half(self, num_rows: int) -> None:
         self.expected.append(num_rows)
+
+    def half_has_come(self) -> bool:
+        assert self.expected
+        return self.host_sees_it
 
     def receive_half(self) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows = self.expected.popleft()
@@ -145,9 +151,13 @@ def test_a_step_that_samples_nothing_may_be_reported_at_once(made: Any) -> None:
 
 
 def test_with_nothing_else_to_do_the_oldest_step_is_sampled(made: Any) -> None:
-    awaited, _, _, tokens = made
+    awaited, links, _, tokens = made
+    assert not awaited.oldest_has_come()
     hand_on(awaited, plan(0, {7: True}, new=(7,)))
     hand_on(awaited, plan(1, {8: True}, new=(8,)))
+    assert not awaited.oldest_has_come()
+    links.host_sees_it = True
+    assert awaited.oldest_has_come()
     awaited.receive_oldest()
     awaited.take_in()
     (done,) = awaited.take_complete()

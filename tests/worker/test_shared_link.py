@@ -173,3 +173,36 @@ def test_a_refused_operation_is_a_broken_link() -> None:
     sender = SharedSender(SharedRing.create(SHAPE, CPU), BrokenCounters())
     with pytest.raises(LinkError, match="CUDA error 700"):
         sender.send(torch.zeros(1))
+
+
+def test_the_host_sees_whether_a_message_has_come() -> None:
+    ends = Ends()
+    long, short = torch.arange(40, dtype=torch.int32), torch.zeros(1, dtype=torch.uint8)  # three places, and one
+    for _ in range(5):
+        assert not ends.receiver.has_come()
+        ends.sender.send(long)
+        assert ends.receiver.has_come()
+        assert torch.equal(ends.receive(long), long) and not ends.receiver.has_come()
+        ends.sender.send(short)
+        ends.sender.send(short)
+        ends.receive(short)
+        assert ends.receiver.has_come()
+        ends.receive(short)
+
+
+class RunAhead(HostCounters):
+    """As a GPU's stream is seen by its host: a wait is issued, and nobody waits."""
+
+    def wait(self, address: int, value: int) -> None:
+        pass
+
+
+def test_a_message_behind_one_that_is_awaited_has_not_come() -> None:
+    ends = Ends()
+    ahead = SharedReceiver(ends.rings[1], RunAhead())
+    for _ in range(2):
+        ahead.expect(lambda: torch.empty(3))
+        ahead.receive()
+    for has_come in (False, False, True):
+        ends.sender.send(torch.zeros(3))
+        assert ahead.has_come() is has_come

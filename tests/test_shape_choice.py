@@ -1,0 +1,56 @@
+"""What a pipeline is to be, from models and GPUs alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipemax.config import OffloadChoice
+from pipemax.cost.hardware import GIB
+from pipemax.cost.load import even_stages
+from pipemax.head_place import HEAD_VARIABLE, HeadPlace
+from pipemax.model_spec import ModelSpec
+from pipemax.shape_choice import choose_shape, rows_that_fit
+
+CONFIGS = Path(__file__).parents[1] / "benchmarks" / "model_configs"
+
+
+@pytest.mark.parametrize(
+    ("model", "num_stages", "gib", "rows"),
+    [
+        ("Llama-3.1-8B", 1, 78, 1024),  # 500,000 tokens of KV
+        ("Llama-3.1-8B", 1, 40, 512),
+        ("Llama-3.1-8B", 1, 22, 256),
+        ("Llama-3.1-8B", 1, 10, 256),  # does not fit: said elsewhere
+        ("Llama-3.1-70B", 2, 78, 256),
+        ("Llama-3.1-70B", 2, 139, 512),
+        ("Llama-3.1-70B", 8, 22, 256),
+    ],
+)
+def test_rows_are_as_many_as_memory_has_kv_for(model: str, num_stages: int, gib: int, rows: int) -> None:
+    spec = ModelSpec.from_pretrained(CONFIGS / model)
+    stages = even_stages(spec.num_layers, num_stages)
+    assert rows_that_fit(spec, stages, num_batches=num_stages, block_size=16, memory_bytes=gib * GIB) == rows
+
+
+@pytest.mark.parametrize(("asked", "rows"), [(None, 256), (7, 7), (3000, 3000)])
+@pytest.mark.parametrize("can_cut_head", [True, False])
+def test_the_shape_on_cpus(asked: int | None, rows: int, can_cut_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HEAD_VARIABLE, HeadPlace.ENDS)
+    spec = ModelSpec.from_pretrained(CONFIGS / "Llama-3.1-8B")
+    shape = choose_shape(
+        spec,
+        "cpu",
+        can_cut_head,
+        num_stages=3,
+        num_batches=3,
+        max_num_seqs=asked,
+        max_num_batched_tokens=2048,
+        block_size=16,
+        kv_offload=OffloadChoice.AUTO,
+        gpu_memory_utilization=0.99,
+    )
+    assert shape.head is (HeadPlace.ENDS if can_cut_head else HeadPlace.LAST)
+    assert [layer for layers in shape.layers for layer in layers] == list(range(spec.num_layers))
+    assert len(shape.layers) == 3 and shape.max_num_seqs == rows
