@@ -13,6 +13,10 @@ from pipemax.cuda_options import AttentionChoice, CudaOptions
 
 # Longer than any step, or any part of loading without a sign of life, that has been seen.
 DEFAULT_STALL_SECONDS = 600.0
+# Between these lies `max_num_seqs` where it is chosen. Steps of more are not captured on GPUs, and more rows add little
+# where arithmetic is the limit.
+FEWEST_NUM_SEQS = 256
+MOST_NUM_SEQS = 1024
 
 
 class ConfigError(ValueError):

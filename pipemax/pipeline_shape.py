@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from pipemax.head_place import HeadPlace
 
-# Rows of a step, where nothing is known of the memory that their KV would need.
-FEWEST_NUM_SEQS = 256
-
 
 @dataclass(frozen=True, slots=True)
 class PipelineShape:

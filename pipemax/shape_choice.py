@@ -12,21 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipemax.config import OffloadChoice
+from pipemax.config import FEWEST_NUM_SEQS, MOST_NUM_SEQS, OffloadChoice
 from pipemax.cost.hardware import GIB
 from pipemax.cost.load import StageShape
 from pipemax.cost.memory import HOST_MEMORY_SHARE, RESERVE_BYTES, stage_blocks
 from pipemax.cost.stage_split import split_stages
 from pipemax.cost.table import best_cost_model
 from pipemax.cost.workload import MeanLengths
+from pipemax.executor.sizing import WINDOW_SHARE
 from pipemax.head_place import HeadPlace, head_place
 from pipemax.local_hardware import this_server
 from pipemax.model_spec import ModelSpec
-from pipemax.pipeline_shape import FEWEST_NUM_SEQS, PipelineShape
+from pipemax.pipeline_shape import PipelineShape
 
 _LENGTHS = MeanLengths(prompt_tokens=512, output_tokens=256, live_tokens=512 + 256 / 2)
-# More are not captured, and add little to a step that is bound by arithmetic.
-_MOST_NUM_SEQS = 1024
 
 
 def choose_shape(
@@ -54,7 +53,7 @@ def choose_shape(
         memory_bytes=[server.gpu.memory_bytes - RESERVE_BYTES] * server.num_gpus,
         host_bytes=int(server.host_memory_gib * HOST_MEMORY_SHARE * GIB),
         num_batches=num_batches,
-        max_rows=max_num_seqs or _MOST_NUM_SEQS,
+        max_rows=max_num_seqs or MOST_NUM_SEQS,
         prefill_tokens=max_num_batched_tokens,
         lengths=_LENGTHS,
         host_link=None if kv_offload is OffloadChoice.OFF else server.host_link,
@@ -74,7 +73,7 @@ def choose_shape(
 def rows_that_fit(
     spec: ModelSpec, stages: Sequence[StageShape], *, num_batches: int, block_size: int, memory_bytes: int
 ) -> int:
-    """Rows of each batch whose KV fits the GPUs together: the next power of two, 256 to 1,024.
+    """Rows whose KV is on a GPU while their batch runs, its share and the window: the next power of two, 256 to 1,024.
 
     `memory_bytes` is what weights and KV of a stage may take.
     """
@@ -83,8 +82,10 @@ def rows_that_fit(
         stage_blocks(model=spec, stage=stage, memory_bytes=memory_bytes, block_bytes=geometry.block_bytes(stage.layers))
         for stage in stages
     )
-    rows = num_blocks * block_size / (num_batches * _LENGTHS.live_tokens)
+    window_share = WINDOW_SHARE if num_batches > 1 else 0.0
+    batch_share = (1 - window_share) / num_batches + window_share
+    rows = num_blocks * batch_share * block_size / _LENGTHS.live_tokens
     size = FEWEST_NUM_SEQS
-    while size < min(rows, _MOST_NUM_SEQS):
+    while size < min(rows, MOST_NUM_SEQS):
         size *= 2
     return size

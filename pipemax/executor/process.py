@@ -29,14 +29,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipemax.config import DEFAULT_STALL_SECONDS, LoadFormat, OffloadChoice
+from pipemax.config import DEFAULT_STALL_SECONDS, FEWEST_NUM_SEQS, LoadFormat, OffloadChoice
 from pipemax.cuda_options import CudaOptions
 from pipemax.executor.sizing import KVWishes, available_cores, free_host_bytes, size_kv
 from pipemax.executor.stage_group import StageGroup
 from pipemax.executor.stage_handle import start_server
 from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
-from pipemax.pipeline_shape import FEWEST_NUM_SEQS, PipelineShape
+from pipemax.pipeline_shape import PipelineShape
 from pipemax.plan import Capacity, Int64Array, StepPlan, StepResult
 
 if TYPE_CHECKING:

@@ -19,6 +19,8 @@ GIB = 1024**3
 # is for activations and for everything else on the host.
 _HOST_SHARE = 0.4
 _HOST_SHARE_OF_CPUS = 0.25
+# Of device blocks, for those that are refilled before their batch runs.
+WINDOW_SHARE = 1 / 8
 # A CPU's "device" pool is host memory too: no more than its batches fill with requests of this many tokens.
 _TOKENS_A_ROW = 512
 
@@ -68,7 +70,7 @@ def size_kv(
             raise ConfigError("num_window_blocks is for blocks that travel: set it to 0, or kv_offload to on")
         host_blocks = window_blocks = 0
     elif window_blocks is None:
-        window_blocks = device_blocks // 8 if wishes.num_batches > 1 else 0
+        window_blocks = int(device_blocks * WINDOW_SHARE) if wishes.num_batches > 1 else 0
     _check(
         wishes,
         device_blocks=device_blocks,

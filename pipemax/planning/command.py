@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from pipemax.config import MOST_NUM_SEQS
+
 ErrorsTold = Callable[..., AbstractContextManager[None]]
 
 
@@ -33,7 +35,9 @@ def add_plan_command(app: typer.Typer, *, errors_told: ErrorsTold) -> None:
         max_requests: Annotated[
             int, typer.Option(metavar="N", help="Simulate a sample of this size where the workload is larger.")
         ] = 1000,
-        max_num_seqs: Annotated[int, typer.Option(metavar="ROWS", help="Most rows in one step of one batch.")] = 1024,
+        max_num_seqs: Annotated[
+            int, typer.Option(metavar="ROWS", help="Most rows in one step of one batch.")
+        ] = MOST_NUM_SEQS,
         max_num_batched_tokens: Annotated[
             int, typer.Option(metavar="TOKENS", help="Most prompt tokens in one prefill step.")
         ] = 2048,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 
-from pipemax.config import ConfigError, KVOffload, PhasePolicyName
+from pipemax.config import MOST_NUM_SEQS, ConfigError, KVOffload, PhasePolicyName
 from pipemax.cost.continuous_batching import BatchingLimits
 from pipemax.cost.hardware import ServerProfile
 from pipemax.cost.memory import tensor_parallel_blocks
@@ -46,7 +46,7 @@ _FILLS = 3
 class JobSettings:
     """What all layouts share; names as in `EngineConfig`. Bytes are of one element."""
 
-    max_num_seqs: int = 1024
+    max_num_seqs: int = MOST_NUM_SEQS
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     dtype_bytes: int = 2

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipemax.config import ConfigError, KVOffload, PhasePolicyName
+from pipemax.config import MOST_NUM_SEQS, ConfigError, KVOffload, PhasePolicyName
 from pipemax.cost.hardware import GIB, ServerProfile
 from pipemax.cost.profiles import gpu_names, server_profile
 from pipemax.cost.workload import MeanLengths
@@ -132,7 +132,8 @@ def _command(best: LayoutResult, *, model_dir: Path, settings: JobSettings) -> s
         *([f"--data-parallel-size {layout.num_replicas}"] if layout.num_replicas > 1 else []),
         f"--phase-policy {layout.phase_policy}",
         f"--kv-offload {layout.kv_offload}",
-        f"--max-num-seqs {settings.max_num_seqs}",
+        # A pipeline that is not told chooses as many as its memory has KV for.
+        *([f"--max-num-seqs {settings.max_num_seqs}"] if settings.max_num_seqs != MOST_NUM_SEQS else []),
         f"--max-num-batched-tokens {settings.max_num_batched_tokens}",
     ]
     if layout.kv_offload is KVOffload.ON:

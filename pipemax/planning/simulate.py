@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipemax.config import ConfigError, KVOffload, PhasePolicyName
+from pipemax.config import MOST_NUM_SEQS, ConfigError, KVOffload, PhasePolicyName
 from pipemax.control_plane import build_scheduler
 from pipemax.cost.forecast import Forecast
 from pipemax.cost.hardware import GIB, HostLink, ServerProfile
@@ -53,7 +53,7 @@ class PipelineSettings:
 
     phase_policy: PhasePolicyName
     kv_offload: KVOffload
-    max_num_seqs: int = 1024
+    max_num_seqs: int = MOST_NUM_SEQS
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     async_scheduling: bool = True

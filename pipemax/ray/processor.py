@@ -19,8 +19,7 @@ from typing import Any
 
 import ray.data
 
-from pipemax.config import ConfigError, EngineConfig
-from pipemax.pipeline_shape import FEWEST_NUM_SEQS
+from pipemax.config import FEWEST_NUM_SEQS, ConfigError, EngineConfig
 from pipemax.ray.pipeline_actor import PipelineActor
 from pipemax.ray.rows import ERROR_COLUMN
 from pipemax.replicas import DEFAULT_MAX_RESTARTS

@@ -202,6 +202,8 @@ def test_a_graph_serves_rows_of_any_number_and_length(device, choose_plans, kind
     torch.manual_seed(5)
     rng = np.random.default_rng(5)
     ours, reference = backend(device, heads, kv_heads, 128), ReferenceAttention(device)
+    if not ours.serves(layer):
+        pytest.skip("FlashInfer can load no such kernel here, so such steps are not captured")
     num_rows = ours.split_workspace.most_split_rows + beyond
     idle, _ = layout([], 16, 0)
     steps = [idle]
