@@ -14,7 +14,7 @@ clock. Each server takes the steps in the order of `step_id` and the layers of a
 * Copies both ways slow each other as if they had started together, and every GPU has its share of host memory's
   bandwidth whether the others copy or not (a plan moves the same blocks on every stage, and in the steady state they
   all copy at once).
-* A copy takes from the compute beside it the device memory bandwidth that it uses.
+* A byte that is copied costs the compute beside it as much as `_COPY_COST` bytes that it would read itself.
 * The host's own work takes no time.
 
 The true cost model is given here and may differ from the scheduler's (`cost/perturbed.py`). Never here: policies,
@@ -35,6 +35,11 @@ from pipemax.cost.model import CostModel
 from pipemax.executor.layer_times import LayerTimes, at_layer, highest, serve
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import Capacity, CopyDirection, CopyTiming, StageTiming, StepPlan, StepResult
+
+
+# In bytes read at the data sheet's rate. Measured on H200s beside refills of 0.3 to 1.2 GB a step: 0.4 to 1.2 ms a GB, 2
+# to 6 bytes (docs/lab-notes.md, "Where a step's time goes"); of other cards it is not known.
+_COPY_COST = 3.0
 
 
 @dataclass(slots=True)
@@ -231,7 +236,8 @@ class SimExecutor:
     def _run_stage(self, stage: _Stage, plan: StepPlan, load: StepLoad, ready: float) -> _Timed:
         num_layers = stage.shape.num_layers
         refill_bytes, home_bytes = len(plan.refill) * stage.block_bytes, len(plan.write_home) * stage.block_bytes
-        seconds = self._cost.step_seconds(load, stage.shape) + (refill_bytes + home_bytes) / self._memory_rate
+        disturbed_seconds = _COPY_COST * (refill_bytes + home_bytes) / self._memory_rate
+        seconds = self._cost.step_seconds(load, stage.shape) + disturbed_seconds
         came = max(stage.compute_free, self._now)
         start = max(stage.compute_free, ready)
         done = serve(stage.gate, free_seconds=start, layer_seconds=seconds / num_layers, num_layers=num_layers)
