@@ -239,12 +239,12 @@ def test_a_refill_waits_for_the_home_of_the_step_before():
     assert results[2].finished_seconds == 13.0
 
 
-def test_copies_take_memory_bandwidth_from_compute():
+def test_a_byte_that_is_copied_costs_compute_three_that_it_would_read():
     sim = executor(num_stages=1, num_layers=1, up=1e9)
     sim._memory_rate = 4.0
     (result,) = run(sim, [plan(0, tokens=1, refill=2)])
 
-    assert result.timings[0].compute_seconds == 1.5
+    assert result.timings[0].compute_seconds == 1 + 3 * 2 / 4.0
 
 
 def test_tokens_end_when_the_request_has_its_length():
