@@ -38,8 +38,8 @@ class KVOffload(enum.StrEnum):
 
 
 class OffloadChoice(enum.StrEnum):
-    """AUTO: ON where host memory has homes for more blocks than the device holds. Every block needs a home, so with
-    fewer of them less KV could be live than without."""
+    """AUTO: ON where host memory has homes for as many blocks as the device holds, or more, or a window is asked for.
+    Every block needs a home, so with fewer of them less KV could be live than without."""
 
     AUTO = "auto"
     ON = KVOffload.ON.value

@@ -238,7 +238,8 @@ def _summary(counts: JobCounts, seconds: float, job: BatchJob | None, files: Bat
     ]
     if job is not None:
         totals = job.totals()
-        lines.append(f"  KV       {totals.blocks_sent_home:,} blocks went home, {totals.blocks_refilled:,} came back")
+        copies = f"{totals.blocks_sent_home:,} blocks went home, {totals.blocks_refilled:,} came back"
+        lines.append(f"  KV       {copies if totals.blocks_sent_home else 'stayed on the devices'}")
         if job.num_restarts:
             lines.append(f"  restarts {job.num_restarts:,}: the pipeline failed, rows in flight ran again")
     if open_rows and files.answers != files.output:
