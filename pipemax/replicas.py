@@ -8,7 +8,8 @@ A replica is a process with an `LLM` of its own (`replica.py`). One that fails i
 its requests go to whichever has room. What fails whichever pipeline it runs on is found by the rules of `reruns.py`,
 and comes out with an error. Only when that does not help, ExecutorError is raised.
 
-The composition root of replicas: settings are divided here. Never here: processes and pipes, scheduling.
+The composition root of replicas. Never here: who gets which GPUs (`replica_division.py`), processes and pipes,
+scheduling.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from typing import Any
 from pipemax.config import ConfigError, EngineConfig
 from pipemax.engine_stats import EngineStats
 from pipemax.executor.base import ExecutorError
-from pipemax.executor.sizing import GIB, available_cores, free_host_bytes
 from pipemax.observer import EngineGauges, EngineObserver
 from pipemax.plan import Capacity, StageTiming, StepResult
 from pipemax.replica import Replica, ReplicaState
+from pipemax.replica_division import divide
 from pipemax.replica_messages import Drop, PlanDone, PlanSubmitted, ReplicaNews
 from pipemax.request import GenerationError, RequestError, RequestOutput
 from pipemax.reruns import Reruns
@@ -39,8 +40,6 @@ _LONGEST_PAUSE_SECONDS = 30.0
 # While the caller has nothing now: so long a request that comes may wait.
 _ASK_AGAIN_SECONDS = 0.02
 _LOOK_AROUND_SECONDS = 1.0
-# Of free host memory, as one pipeline takes by default.
-_HOST_SHARE = 0.25
 
 
 class Replicas(TextGenerator):
@@ -76,7 +75,7 @@ class Replicas(TextGenerator):
                 settings=one,
                 stall_seconds=config.stall_seconds,
             )
-            for index, one in enumerate(_divide(config))
+            for index, one in enumerate(divide(config))
         ]
         try:
             for replica in self._replicas:
@@ -434,44 +433,6 @@ class _Source:
 
     def close(self) -> None:
         self.is_exhausted = True
-
-
-def _divide(config: EngineConfig) -> list[dict[str, Any]]:
-    """Settings of each replica: its GPUs, its shares of cores and host memory. Raises ConfigError."""
-    num_replicas, num_stages = config.data_parallel_size, config.pipeline_parallel_size
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    shared["data_parallel_size"] = 1
-    if num_replicas > 1:
-        if config.device != "cpu":
-            _check_gpus(config)
-        if config.threads_per_stage is None:
-            shared["threads_per_stage"] = max(1, available_cores() // (num_replicas * num_stages))
-        host_gib = config.host_memory_gib or free_host_bytes() * _HOST_SHARE / GIB
-        shared["host_memory_gib"] = host_gib / num_replicas
-    devices = config.stage_devices or tuple(range(num_replicas * num_stages))
-    divided = num_replicas > 1 or config.stage_devices is not None
-    return [
-        {
-            **shared,
-            "stage_devices": devices[index * num_stages : (index + 1) * num_stages] if divided else None,
-        }
-        for index in range(num_replicas)
-    ]
-
-
-def _check_gpus(config: EngineConfig) -> None:
-    from pipemax.worker.device import resolve_device
-
-    num_replicas, num_stages = config.data_parallel_size, config.pipeline_parallel_size
-    try:
-        resolve_device(config.device, num_stages=num_replicas * num_stages, stage_devices=config.stage_devices)
-    except ConfigError as error:
-        if config.stage_devices is not None:
-            raise
-        raise ConfigError(
-            f"data_parallel_size {num_replicas} with pipeline_parallel_size {num_stages} needs "
-            f"{num_replicas * num_stages} GPUs, more than this machine shows: lower one of them, or set device to cpu"
-        ) from error
 
 
 def _same_id(request: GenerationRequest) -> RequestOutput:

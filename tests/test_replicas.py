@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from pipemax.config import ConfigError
+from pipemax.config import ConfigError, EngineConfig
 from pipemax.executor.base import ExecutorError
 from pipemax.llm import LLM
+from pipemax.replica_division import divide
 from pipemax.replicas import Replicas
 from pipemax.report.recorder import StepRecorder
 from pipemax.request import GenerationError, SamplingParams
@@ -288,6 +289,15 @@ def test_settings_are_divided_among_replicas(echo):
     first, second = (replica._settings for replica in replicas._replicas)
     assert first["stage_devices"] == (0, 1, 2) and second["stage_devices"] == (3, 4, 5)
     assert first["host_memory_gib"] == 2 and first["data_parallel_size"] == 1
+
+
+@pytest.mark.parametrize(("num_gpus", "share"), [(0, 0.25), (6, 0.4)])
+def test_replicas_share_what_one_pipeline_would_take_of_host_memory(monkeypatch, num_gpus, share):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    monkeypatch.setattr("pipemax.replica_division.free_host_bytes", lambda: 100 * 1024**3)
+    first, second = divide(EngineConfig(model="m", data_parallel_size=2, pipeline_parallel_size=3))
+    assert first["host_memory_gib"] == second["host_memory_gib"] == 100 * share / 2
 
 
 def test_an_llm_is_one_pipeline(model):

@@ -17,8 +17,8 @@ from pipemax.plan import Capacity
 GIB = 1024**3
 # Of host memory that is free once weights are loaded: for homes, and on CPUs as much again for "device" pools. The rest
 # is for activations and for everything else on the host.
-_HOST_SHARE = 0.4
-_HOST_SHARE_OF_CPUS = 0.25
+HOST_SHARE = 0.4
+HOST_SHARE_OF_CPUS = 0.25
 # Of device blocks, for those that are refilled before their batch runs.
 WINDOW_SHARE = 1 / 8
 # A CPU's "device" pool is host memory too: no more than its batches fill with requests of this many tokens.
@@ -53,7 +53,7 @@ def size_kv(
     Raises ConfigError when one request of `max_model_len` does not fit, or when more is asked for than is free.
     """
     block_bytes = sum(stage_block_bytes)
-    host_share = _HOST_SHARE_OF_CPUS if free_device_bytes is None else _HOST_SHARE
+    host_share = HOST_SHARE_OF_CPUS if free_device_bytes is None else HOST_SHARE
     device_blocks = wishes.num_device_blocks
     if device_blocks is None and free_device_bytes is not None:
         pairs = zip(free_device_bytes, stage_block_bytes, strict=True)
