@@ -230,6 +230,13 @@ def test_summary(tmp_path):
     assert str(job.output) in summary and str(job.errors) in summary
 
 
+def test_summary_of_a_job_whose_kv_did_not_travel(tmp_path, monkeypatch):
+    monkeypatch.setattr(BackwardsEngine, "stats", lambda self: Stats(blocks_sent_home=0, blocks_refilled=0))
+    job = Job(tmp_path, [chat_line("a")])
+    job.run()
+    assert "KV       stayed on the devices" in job.stderr.getvalue()
+
+
 def test_overwrite_replaces_both_files(tmp_path):
     job = Job(tmp_path, [chat_line("new")])
     job.output.write_text("old\n")

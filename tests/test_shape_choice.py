@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from pipemax import shape_choice
 from pipemax.config import OffloadChoice
 from pipemax.cost.hardware import GIB
 from pipemax.cost.load import even_stages
+from pipemax.cost.profiles import server_profile
 from pipemax.head_place import HEAD_VARIABLE, HeadPlace
 from pipemax.model_spec import ModelSpec
 from pipemax.shape_choice import choose_shape, rows_that_fit
@@ -32,6 +34,27 @@ def test_rows_are_as_many_as_memory_has_kv_for(model: str, num_stages: int, gib:
     spec = ModelSpec.from_pretrained(CONFIGS / model)
     stages = even_stages(spec.num_layers, num_stages)
     assert rows_that_fit(spec, stages, num_batches=num_stages, block_size=16, memory_bytes=gib * GIB) == rows
+
+
+@pytest.mark.parametrize(("asked", "share", "rows"), [(None, 0.995, 1024), (None, 0.5, 512), (7, 0.995, 7)])
+def test_rows_on_gpus_are_chosen_within_what_they_may_be_filled_with(
+    asked: int | None, share: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = server_profile("h100-sxm", 1, host_memory_gib=128)
+    monkeypatch.setattr(shape_choice, "this_server", lambda device, *, num_stages: server)
+    shape = choose_shape(
+        ModelSpec.from_pretrained(CONFIGS / "Llama-3.1-8B"),
+        "cuda",
+        True,
+        num_stages=1,
+        num_batches=1,
+        max_num_seqs=asked,
+        max_num_batched_tokens=2048,
+        block_size=16,
+        kv_offload=OffloadChoice.AUTO,
+        gpu_memory_utilization=share,
+    )
+    assert shape.max_num_seqs == rows
 
 
 @pytest.mark.parametrize(("asked", "rows"), [(None, 256), (7, 7), (3000, 3000)])

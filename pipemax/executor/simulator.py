@@ -36,8 +36,9 @@ from pipemax.executor.layer_times import LayerTimes, at_layer, highest, serve
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import Capacity, CopyDirection, CopyTiming, StageTiming, StepPlan, StepResult
 
-# In bytes read at the data sheet's rate. Measured on H200s beside refills of 0.3 to 1.2 GB a step: 0.4 to 1.2 ms a GB,
-# 2 to 6 bytes (docs/lab-notes.md, "Where a step's time goes"); of other cards it is not known.
+# In bytes read at the data sheet's rate. Measured on H200s beside refills of 0.3 to 1.2 GB a step: 0.4 to 1.3 ms a GB,
+# 2 to 6 bytes (docs/lab-notes.md, "Where a step's time goes"). Of other cards, and of blocks that go home, it is not
+# known.
 _COPY_COST = 3.0
 
 

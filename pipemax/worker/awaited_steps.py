@@ -37,7 +37,7 @@ class AwaitedSteps(Protocol):
         ...
 
     def oldest_has_come(self) -> bool:
-        """Whether `receive_oldest` would hold up nothing: no plan that may come before the message."""
+        """Whether to `receive_oldest` though no plan asks for it; as `LinkReceiver.has_come`."""
         ...
 
     def receive_oldest(self) -> None:

@@ -62,7 +62,7 @@ class AwaitedTokens:
         return None
 
     def oldest_has_come(self) -> bool:
-        return False
+        raise AssertionError("no report waits for tokens")
 
     def receive_oldest(self) -> None:
         raise AssertionError("no report waits for tokens")

@@ -97,8 +97,8 @@ class GroupReceiver:
         self._post_ahead()
 
     def has_come(self) -> bool:
-        """Neither kind of group tells. Over gloo the host waits in `receive`, for want of a better place. Over NCCL all
-        that is issued behind it waits too, so only once the stream has nothing left."""
+        """Neither kind of group tells. Over gloo the host waits in `receive`, and plans that come meanwhile wait with
+        it. Over NCCL all that is issued behind it waits too, so only once the stream has nothing left."""
         return not self._peer.is_nccl or torch.cuda.current_stream().query()
 
     def receive(self) -> Tensor:

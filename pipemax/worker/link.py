@@ -38,8 +38,8 @@ class LinkReceiver(Protocol):
         ...
 
     def has_come(self) -> bool:
-        """Whether to `receive` now would hold nothing up, as far as the host can see: the oldest expected message is
-        there, or there is nothing that could be done before it."""
+        """Whether to `receive` now, if nothing has to be done before it: the oldest expected message is there, or the
+        host cannot tell and may as well wait."""
         ...
 
     def receive(self) -> Tensor:

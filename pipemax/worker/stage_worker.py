@@ -188,8 +188,9 @@ class StageWorker:
         return None if self._awaited is None else self._awaited.oldest_step_id
 
     def waiting_step_has_come(self) -> bool:
-        """Whether `finish_waiting_step` would hold up no plan that may come meanwhile."""
-        return self._awaited is not None and self._awaited.oldest_has_come()
+        """Whether to `finish_waiting_step` now, rather than wait for a plan."""
+        assert self._awaited is not None
+        return self._awaited.oldest_has_come()
 
     @torch.inference_mode()
     def finish_waiting_step(self) -> list[RunningStep]:

@@ -240,7 +240,7 @@ class StageLinks:
             self._receiver.expect(functools.partial(torch.empty, num_rows, width, dtype=dtype, device=self._device))
 
     def half_has_come(self) -> bool:
-        """First stage: whether `receive_half` would hold nothing up, as far as the host can see."""
+        """First stage: whether to `receive_half` now; as `LinkReceiver.has_come`."""
         assert self._receiver is not None and self._stage == 0
         return self._receiver.has_come()
 

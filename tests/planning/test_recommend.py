@@ -70,6 +70,17 @@ def test_the_command_has_flags_that_engines_know():
     )
 
 
+def test_rows_of_a_step_are_in_the_command_where_they_were_asked_for():
+    commands = [
+        recommend(
+            [result(ON, 100)], model=MODEL, model_dir=FOLDER, server=server(), job=JOB, settings=JobSettings(**asked)
+        ).command
+        for asked in ({}, {"max_num_seqs": 64})
+    ]
+    assert [command is not None and "--max-num-seqs" in command for command in commands] == [False, True]
+    assert commands[1] is not None and "--max-num-seqs 64 " in commands[1]
+
+
 def test_the_command_names_replicas_and_the_memory_of_them_all():
     two = PipelineLayout(2, 2, KVOffload.ON, PhasePolicyName.AUTO)
     four_gpus = server(4)
