@@ -3,8 +3,8 @@
     python benchmarks/shared_head.py --gpus rtx-4090 rtx-5090 l20 > benchmarks/results/shared_head.json
     python benchmarks/shared_head.py --gpus h100-pair --trace benchmarks/workloads/sharegpt_999.csv
 
-Left out is what has to travel for it: of each row that samples, its hidden state and half of its logits, and of each
-new token its row of the embedding.
+What travels for it is in it: of each row that samples, its hidden state and half of its logits, and of each new token
+its row of the embedding (`pipemax/cost/roofline.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUM_GPUS = 8
 
 def simulate(gpu: str, head: HeadPlace, spec: ModelSpec, trace: Path, max_requests: int) -> dict[str, object]:
     server = measured_h100_pair() if gpu == "h100-pair" else server_profile(gpu, NUM_GPUS)
-    settings = PipelineSettings(phase_policy=PhasePolicyName.AUTO, kv_offload=KVOffload.ON, head=head)
+    settings = PipelineSettings(phase_policy=PhasePolicyName.AUTO, kv_offload=KVOffload.ON, heads=(head,))
     requests = read_lengths(trace)[:max_requests]
     started = time.process_time()
     run = simulate_pipeline(model=spec, server=server, workload=requests, settings=settings)

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 
 from pipemax.config import FEWEST_NUM_SEQS, MOST_NUM_SEQS, OffloadChoice
 from pipemax.cost.hardware import GIB
-from pipemax.cost.load import StageShape
+from pipemax.cost.load import StageShape, head_of
 from pipemax.cost.memory import HOST_MEMORY_SHARE, RESERVE_BYTES, stage_blocks
 from pipemax.cost.stage_split import split_stages
 from pipemax.cost.table import best_cost_model
 from pipemax.cost.workload import MeanLengths
 from pipemax.executor.sizing import WINDOW_SHARE
-from pipemax.head_place import HeadPlace, head_place
+from pipemax.head_place import HeadPlace, possible_heads
 from pipemax.local_hardware import this_server
 from pipemax.model_spec import ModelSpec
 from pipemax.pipeline_shape import PipelineShape
@@ -45,12 +45,14 @@ def choose_shape(
 
     Raises ConfigError when there are more stages than layers.
     """
-    head = head_place(device) if can_cut_head else HeadPlace.LAST
+    heads = possible_heads(device) if can_cut_head else (HeadPlace.LAST,)
     server = this_server(device, num_stages=num_stages)
+    usable_share = gpu_memory_utilization if device == "cuda" else 1.0
+    memory_bytes = int(server.gpu.memory_bytes * usable_share) - RESERVE_BYTES
     stages = split_stages(
         model=spec,
         cost=best_cost_model(model=spec, gpu=server.gpu),
-        memory_bytes=[server.gpu.memory_bytes - RESERVE_BYTES] * server.num_gpus,
+        memory_bytes=[memory_bytes] * server.num_gpus,
         host_bytes=int(server.host_memory_gib * HOST_MEMORY_SHARE * GIB),
         num_batches=num_batches,
         max_rows=max_num_seqs or MOST_NUM_SEQS,
@@ -58,16 +60,15 @@ def choose_shape(
         lengths=_LENGTHS,
         host_link=None if kv_offload is OffloadChoice.OFF else server.host_link,
         block_size=block_size,
-        head=head,
+        heads=heads,
     )
     if max_num_seqs is None and device == "cpu":  # at its limit long before
         max_num_seqs = FEWEST_NUM_SEQS
     elif max_num_seqs is None:
-        memory_bytes = int(server.gpu.memory_bytes * gpu_memory_utilization) - RESERVE_BYTES
         max_num_seqs = rows_that_fit(
             spec, stages, num_batches=num_batches, block_size=block_size, memory_bytes=memory_bytes
         )
-    return PipelineShape(head, tuple(stage.layers for stage in stages), max_num_seqs)
+    return PipelineShape(head_of(stages), tuple(stage.layers for stage in stages), max_num_seqs)
 
 
 def rows_that_fit(

@@ -57,6 +57,48 @@ def test_rows_on_gpus_are_chosen_within_what_they_may_be_filled_with(
     assert shape.max_num_seqs == rows
 
 
+@pytest.mark.parametrize(
+    ("model", "gpu", "share", "can_cut_head", "wish", "head"),
+    [
+        ("Llama-3.1-70B", "h100-sxm", 0.995, True, None, HeadPlace.ENDS),
+        ("Llama-3.1-70B", "h100-sxm", 0.995, False, None, HeadPlace.LAST),
+        ("Llama-3.1-70B", "h100-sxm", 0.995, True, HeadPlace.LAST, HeadPlace.LAST),
+        ("Llama-3.1-8B", "h100-sxm", 0.995, True, None, HeadPlace.LAST),
+        ("Llama-3.1-8B", "h100-sxm", 0.995, True, HeadPlace.ENDS, HeadPlace.ENDS),
+        # With as much memory as two of these have there are rows enough; held to 80 GB it is short.
+        ("Llama-3.1-70B", "h200", 0.995, True, None, HeadPlace.LAST),
+        ("Llama-3.1-70B", "h200", 0.5637, True, None, HeadPlace.ENDS),
+    ],
+)
+def test_on_gpus_the_head_is_where_it_serves_best(
+    model: str,
+    gpu: str,
+    share: float,
+    can_cut_head: bool,
+    wish: HeadPlace | None,
+    head: HeadPlace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(HEAD_VARIABLE, raising=False)
+    if wish is not None:
+        monkeypatch.setenv(HEAD_VARIABLE, wish)
+    server = server_profile(gpu, 2, host_memory_gib=256)
+    monkeypatch.setattr(shape_choice, "this_server", lambda device, *, num_stages: server)
+    shape = choose_shape(
+        ModelSpec.from_pretrained(CONFIGS / model),
+        "cuda",
+        can_cut_head,
+        num_stages=2,
+        num_batches=2,
+        max_num_seqs=None,
+        max_num_batched_tokens=2048,
+        block_size=16,
+        kv_offload=OffloadChoice.AUTO,
+        gpu_memory_utilization=share,
+    )
+    assert shape.head is head
+
+
 @pytest.mark.parametrize(("asked", "rows"), [(None, 256), (7, 7), (3000, 3000)])
 @pytest.mark.parametrize("can_cut_head", [True, False])
 def test_the_shape_on_cpus(asked: int | None, rows: int, can_cut_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:

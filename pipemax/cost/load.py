@@ -29,6 +29,15 @@ class StageShape:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def is_first(self) -> bool:
+        return self.layers.start == 0
+
+    @property
+    def shares_head(self) -> bool:
+        """With the other end of the pipeline; the embedding is in host memory then."""
+        return 0 < self.head_share < 1
+
 
 def whole_model(num_layers: int) -> StageShape:
     """The one stage of a model that is not split."""
@@ -47,10 +56,7 @@ def even_stages(num_layers: int, num_stages: int, *, head: HeadPlace = HeadPlace
 
 
 def stages_of(layers: Sequence[range], *, head: HeadPlace = HeadPlace.LAST) -> tuple[StageShape, ...]:
-    """Stages with these layers: the first embeds, the last has the head, or each of them half of it.
-
-    What a first stage takes to read its few rows of an embedding in host memory is left out.
-    """
+    """Stages with these layers: the first embeds, the last has the head, or each of them half of it."""
     if head is HeadPlace.LAST or len(layers) == 1:
         shares = [0.0] * (len(layers) - 1) + [1.0]
     else:
@@ -60,6 +66,10 @@ def stages_of(layers: Sequence[range], *, head: HeadPlace = HeadPlace.LAST) -> t
         StageShape(of_stage, has_embedding=embeds and index == 0, head_share=share)
         for index, (of_stage, share) in enumerate(zip(layers, shares, strict=True))
     )
+
+
+def head_of(stages: Sequence[StageShape]) -> HeadPlace:
+    return HeadPlace.ENDS if stages[-1].shares_head else HeadPlace.LAST
 
 
 @dataclass(frozen=True, slots=True)

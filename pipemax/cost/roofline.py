@@ -8,6 +8,8 @@ One layer, T new tokens (W bytes of weights touched, A operations):
     launches    a constant a layer
 
 A stage adds its layers, the head (a GEMM over the rows that sample, and passes over the logits) and the embedding.
+Where two stages share the head, compute of both stands still while the last one's logits go through host memory, and of
+the first while it reads its embedding there.
 Experts: W counts those that T tokens touch, A those that compute. Constants and their fit: docs/cost-model.md.
 """
 
@@ -72,6 +74,9 @@ class RooflineCostModel:
         self._head = weights.embedding / shards
         self._logits_seconds = model.vocab_size / shards * _LOGIT_BYTES / self._memory_rate
         self._embedding_token_seconds = 2 * model.hidden_size * dtype_bytes / self._memory_rate
+        self._host_link = gpu.host_link
+        self._hidden_bytes = model.hidden_size * dtype_bytes
+        self._half_bytes = (model.hidden_size + model.vocab_size / 2) * dtype_bytes
         self._windows = model.sliding_windows
         self._window_counts: dict[range, Counter[int | None]] = {}
 
@@ -93,7 +98,16 @@ class RooflineCostModel:
                 2 * parameters * load.num_samples / self._tensor_rate,
             )
             seconds += load.num_samples * self._logits_seconds * stage.head_share
+        if stage.shares_head:
+            seconds += self._shared_head_seconds(load, stage)
         return seconds
+
+    def _shared_head_seconds(self, load: StepLoad, stage: StageShape) -> float:
+        """What passes between host memory and the kernels of a stage at either end."""
+        half_bytes = load.num_samples * self._half_bytes
+        if not stage.is_first:
+            return half_bytes / self._host_link.down_bytes_per_second
+        return (half_bytes + load.num_tokens * self._hidden_bytes) / self._host_link.up_bytes_per_second
 
     def _layer_gemm_seconds(self, tokens: int) -> float:
         """GEMMs of one layer."""

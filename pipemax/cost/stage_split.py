@@ -4,11 +4,12 @@
     embedding, f layers    the rest, as even as it goes    l layers, final norm, head
 
 The ends differ from the rest: both hold a matrix of the vocabulary's size, and the last multiplies by it for every row
-that samples; or both hold and compute half of the head (`head_place.py`). Every f and l is tried, and the pipeline that
-needs the least time for a request is taken: its slowest stage sets the pace of decode and of prefill, its fullest stage
-the number of rows (`steady_state.py`). In a decode step the head may be worth a layer or more, in prefill it is worth
-nothing, so the best split depends on the workload; and with ten layers a stage, one layer more on one of them costs
-more than an idle head saves. Equal splits in that sense: more KV blocks win, then the more even one.
+that samples; or both hold and compute half of the head (`head_place.py`). Every f and l is tried, with the head in
+every place where it may be, and the pipeline that needs the least time for a request is taken: its slowest stage sets
+the pace of decode and of prefill, its fullest stage the number of rows (`steady_state.py`). In a decode step the head
+may be worth a layer or more, in prefill it is worth nothing, so the best split depends on the workload; and with ten
+layers a stage, one layer more on one of them costs more than an idle head saves. Equal splits in that sense: more KV
+blocks win, then the more even one.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def split_stages(
     block_size: int = 16,
     dtype_bytes: int = 2,
     kv_dtype_bytes: int = 2,
-    head: HeadPlace = HeadPlace.LAST,
+    heads: Sequence[HeadPlace] = (HeadPlace.LAST,),
 ) -> tuple[StageShape, ...]:
     """One stage for each entry of `memory_bytes`, which counts what weights and KV may take of that GPU.
 
-    `host_bytes` is for homes, of all stages together; the rest as in `SteadyState.of`. Where no split leaves every
+    `heads` are the places where the head may be; `host_bytes` is for homes, of all stages together; the rest as in `SteadyState.of`. Where no split leaves every
     stage a KV block it is the even one: `pipeline_capacity` says what is missing. Raises ConfigError when there are
     more GPUs than layers.
     """
@@ -59,7 +60,7 @@ def split_stages(
     block_bytes_up_to = [0, *accumulate(geometry.layer_block_bytes(layer) for layer in range(model.num_layers))]
     host_blocks = host_bytes // block_bytes_up_to[-1]
     best: tuple[tuple[int, int, int], tuple[StageShape, ...]] | None = None
-    for stages in _candidates(model.num_layers, num_stages, head):
+    for stages in _candidates(model.num_layers, num_stages, heads):
         blocks, block_bytes = [], []
         for stage, stage_bytes in zip(stages, memory_bytes, strict=True):
             of_block = block_bytes_up_to[stage.layers.stop] - block_bytes_up_to[stage.layers.start]
@@ -86,11 +87,12 @@ def split_stages(
         score = (round(state.request_seconds * 1e9), -min(blocks), unevenness)
         if best is None or score < best[0]:
             best = (score, stages)
-    return even_stages(model.num_layers, num_stages, head=head) if best is None else best[1]
+    return even_stages(model.num_layers, num_stages, head=heads[0]) if best is None else best[1]
 
 
-def _candidates(num_layers: int, num_stages: int, head: HeadPlace) -> Iterator[tuple[StageShape, ...]]:
-    """Every pair of ends that leaves the rest a layer a stage; ends never much longer than an even share."""
+def _candidates(num_layers: int, num_stages: int, heads: Sequence[HeadPlace]) -> Iterator[tuple[StageShape, ...]]:
+    """Every pair of ends that leaves the rest a layer a stage, with every place of the head; ends never much longer than
+    an even share."""
     if num_stages == 1:
         yield even_stages(num_layers, 1)
         return
@@ -102,7 +104,9 @@ def _candidates(num_layers: int, num_stages: int, head: HeadPlace) -> Iterator[t
                 continue
             sizes = [first, *(len(stage.layers) for stage in _between(between, num_stages - 2)), last]
             ends = list(accumulate(sizes))
-            yield stages_of([range(end - size, end) for end, size in zip(ends, sizes, strict=True)], head=head)
+            layers = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+            for head in heads:
+                yield stages_of(layers, head=head)
 
 
 def _between(num_layers: int, num_stages: int) -> tuple[StageShape, ...]:

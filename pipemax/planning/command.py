@@ -81,7 +81,7 @@ def _plan(
     from pipemax.config import ConfigError
     from pipemax.cost.profiles import server_profile
     from pipemax.cost.workload import read_lengths
-    from pipemax.head_place import head_place
+    from pipemax.head_place import possible_heads
     from pipemax.model_spec import ModelSpec
     from pipemax.planning.compare import Job, JobSettings, compare_layouts
     from pipemax.planning.layouts import candidate_layouts
@@ -99,7 +99,7 @@ def _plan(
     job = Job.of(read_lengths(workload_file), max_requests=max_requests)
     model = ModelSpec.from_pretrained(model_dir)
     settings = JobSettings(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, head=head_place("cuda")
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, heads=possible_heads("cuda")
     )
     layouts = candidate_layouts(server.gpu, num_gpus)
     if sys.stderr.isatty():

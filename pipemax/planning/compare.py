@@ -51,7 +51,7 @@ class JobSettings:
     block_size: int = 16
     dtype_bytes: int = 2
     kv_dtype_bytes: int = 2
-    head: HeadPlace = HeadPlace.LAST
+    heads: tuple[HeadPlace, ...] = tuple(HeadPlace)
 
     def of_pipeline(self, *, kv_offload: KVOffload, phase_policy: PhasePolicyName) -> PipelineSettings:
         return PipelineSettings(
@@ -62,7 +62,7 @@ class JobSettings:
             block_size=self.block_size,
             dtype_bytes=self.dtype_bytes,
             kv_dtype_bytes=self.kv_dtype_bytes,
-            head=self.head,
+            heads=self.heads,
         )
 
 

@@ -72,9 +72,6 @@ def limits(
         )
         return state.request_seconds
 
-    faster_link = HostLink(
-        link.up_bytes_per_second * _MORE, link.down_bytes_per_second * _MORE, link.duplex_bytes_per_second * _MORE
-    )
     now = request_seconds()
     scaled = {
         Resource.WEIGHTS: request_seconds(gpu=dataclasses.replace(gpu, memory_fraction=gpu.memory_fraction * _MORE)),
@@ -86,8 +83,16 @@ def limits(
         ),
         Resource.KV_MEMORY: request_seconds(device_blocks=capacity.num_device_blocks * _MORE),
         Resource.HOST_MEMORY: request_seconds(host_blocks=capacity.num_host_blocks * _MORE),
-        Resource.LINK: request_seconds(link=faster_link),
+        Resource.LINK: request_seconds(
+            gpu=dataclasses.replace(gpu, host_link=_faster(gpu.host_link)), link=_faster(link)
+        ),
         Resource.ROWS: request_seconds(max_rows=rows * _MORE),
     }
     gains = [Gain(resource, max(0.0, now / seconds - 1)) for resource, seconds in scaled.items()]
     return tuple(sorted(gains, key=lambda gain: -gain.share))
+
+
+def _faster(link: HostLink) -> HostLink:
+    return HostLink(
+        link.up_bytes_per_second * _MORE, link.down_bytes_per_second * _MORE, link.duplex_bytes_per_second * _MORE
+    )

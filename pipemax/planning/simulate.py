@@ -49,6 +49,7 @@ class PipelineSettings:
     num_window_blocks    None: what the link brings up during a decode step; 0: prefilled requests may wait in host
                          memory, and no block of a running one travels
     correct_estimates    whether the scheduler learns from steps as they finish
+    heads                where the head may be: the best of these is taken
     """
 
     phase_policy: PhasePolicyName
@@ -61,7 +62,7 @@ class PipelineSettings:
     correct_estimates: bool = True
     dtype_bytes: int = 2
     kv_dtype_bytes: int = 2
-    head: HeadPlace = HeadPlace.LAST
+    heads: tuple[HeadPlace, ...] = tuple(HeadPlace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +162,7 @@ def plan_pipeline(
         block_size=settings.block_size,
         dtype_bytes=settings.dtype_bytes,
         kv_dtype_bytes=settings.kv_dtype_bytes,
-        head=settings.head,
+        heads=settings.heads,
     )
     capacity = pipeline_capacity(
         model=model,

@@ -1,4 +1,4 @@
-"""`chosen_path`: which way of several the environment asks for, so that a fast one can be compared with a plain one."""
+"""`chosen_path`, `asked_path`: which way of several the environment asks for, so that a fast one can be compared with a plain one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ _Path = TypeVar("_Path", bound=enum.StrEnum)
 
 def chosen_path(variable: str, default: _Path) -> _Path:
     """The value of the variable, one of the default's kind. Raises ConfigError for a value that is none."""
-    wanted = os.environ.get(variable, default)
-    paths = type(default)
+    return asked_path(variable, type(default)) or default
+
+
+def asked_path(variable: str, paths: type[_Path]) -> _Path | None:
+    """As above; None where the variable is not set."""
+    wanted = os.environ.get(variable)
+    if wanted is None:
+        return None
     try:
         return paths(wanted)
     except ValueError:

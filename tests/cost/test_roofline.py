@@ -94,8 +94,26 @@ def test_the_head_costs_what_samples():
     # 1.05 G parameters at 2 bytes and 1 TB/s, a little arithmetic, and 16 bytes a logit.
     head = cost.step_seconds(decode(32), last) - cost.step_seconds(decode(32), MIDDLE)
     assert head == pytest.approx(2.101e-3 + 0.067e-3 + 32 * 128256 * 16 / 1e12, rel=0.01)
-    half = cost.step_seconds(decode(32), dataclasses.replace(MIDDLE, head_share=0.5))
-    assert half - cost.step_seconds(decode(32), MIDDLE) == pytest.approx(head / 2)
+
+
+def test_ends_that_share_the_head_wait_for_what_travels():
+    cost = RooflineCostModel(model=LLAMA_70B, gpu=dataclasses.replace(ROUND, host_link=HostLink(20e9, 40e9, 20e9)))
+    ends = {
+        "first": StageShape(range(10), has_embedding=False, head_share=0.5),
+        "last": StageShape(range(70, 80), has_embedding=False, head_share=0.5),
+    }
+
+    def shared_head_seconds(end: str, load: StepLoad) -> float:
+        return cost.step_seconds(load, ends[end]) - cost.step_seconds(load, MIDDLE)
+
+    whole = cost.step_seconds(decode(32), dataclasses.replace(MIDDLE, head_share=1.0))
+    half = (whole - cost.step_seconds(decode(32), MIDDLE)) / 2
+    travels = 32 * 2 * (8192 + 128256 // 2)  # hidden states, and the last stage's logits
+    assert shared_head_seconds("last", decode(32)) == pytest.approx(half + travels / 40e9)
+    assert shared_head_seconds("first", decode(32)) == pytest.approx(half + (travels + 32 * 2 * 8192) / 20e9)
+    prompt = dataclasses.replace(decode(1), num_tokens=2048, num_samples=0)
+    assert shared_head_seconds("last", prompt) == 0
+    assert shared_head_seconds("first", prompt) == pytest.approx(2048 * 2 * 8192 / 20e9)
 
 
 def test_time_grows_with_everything_and_nothing_costs_nothing():

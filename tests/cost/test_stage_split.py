@@ -9,7 +9,7 @@ import pytest
 
 from pipemax.config import ConfigError
 from pipemax.cost.hardware import GIB
-from pipemax.cost.load import StageShape
+from pipemax.cost.load import StageShape, head_of
 from pipemax.cost.memory import RESERVE_BYTES, stage_blocks
 from pipemax.cost.profiles import server_profile
 from pipemax.cost.roofline import RooflineCostModel
@@ -23,7 +23,7 @@ CHAT = MeanLengths(prompt_tokens=229, output_tokens=471, live_tokens=556)
 PAPERS = MeanLengths(prompt_tokens=10150, output_tokens=129, live_tokens=9052)
 
 
-def split(model, gpu_name, num_stages, lengths, *, memory_gib=None, head=HeadPlace.LAST):
+def split(model, gpu_name, num_stages, lengths, *, memory_gib=None, heads=(HeadPlace.LAST,)):
     server = server_profile(gpu_name, num_stages)
     memory = int(memory_gib * GIB) if memory_gib else server.gpu.memory_bytes - RESERVE_BYTES
     settings = {
@@ -35,7 +35,7 @@ def split(model, gpu_name, num_stages, lengths, *, memory_gib=None, head=HeadPla
         "host_link": server.host_link,
     }
     memory_bytes = [memory] * num_stages
-    stages = split_stages(model=model, memory_bytes=memory_bytes, host_bytes=256 * GIB, head=head, **settings)
+    stages = split_stages(model=model, memory_bytes=memory_bytes, host_bytes=256 * GIB, heads=heads, **settings)
     return stages, settings, memory
 
 
@@ -94,9 +94,28 @@ def test_a_head_worth_layers_makes_the_last_stage_short_where_decode_counts():
 
 
 def test_a_head_that_the_ends_share_makes_both_of_them_shorter():
-    stages, _, _ = split(LLAMA_1B, "rtx-4090", 4, CHAT, head=HeadPlace.ENDS)
+    stages, _, _ = split(LLAMA_1B, "rtx-4090", 4, CHAT, heads=(HeadPlace.ENDS,))
     assert [stage.head_share for stage in stages] == [0.5, 0, 0, 0.5]
     assert sizes(stages)[0] == sizes(stages)[-1] < min(sizes(stages)[1:3])
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu_name", "num_stages", "head"),
+    [
+        (LLAMA_70B, "h100-sxm", 2, HeadPlace.ENDS),  # room for KV, and an even pipeline, for 2 MB of logits a row
+        (LLAMA_70B, "rtx-4090", 8, HeadPlace.ENDS),
+        (LLAMA_8B, "h100-sxm", 2, HeadPlace.LAST),  # 600 rows: the logits take longer than half of the head
+    ],
+)
+def test_the_better_place_of_the_head_is_taken(model, gpu_name, num_stages, head):
+    chosen, settings, memory = split(model, gpu_name, num_stages, CHAT, heads=tuple(HeadPlace))
+    assert head_of(chosen) is head
+    seconds = {
+        place: request_seconds(model, split(model, gpu_name, num_stages, CHAT, heads=(place,))[0], settings, memory)
+        for place in HeadPlace
+    }
+    assert min(seconds, key=lambda place: seconds[place]) is head
+    assert request_seconds(model, chosen, settings, memory) == seconds[head]
 
 
 def test_one_layer_more_on_a_stage_costs_more_than_the_head():

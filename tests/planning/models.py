@@ -8,9 +8,12 @@ from pipemax.config import KVOffload, PhasePolicyName
 from pipemax.cost.hardware import ServerProfile
 from pipemax.cost.profiles import server_profile
 from pipemax.cost.workload import RequestLengths
+from pipemax.head_place import HeadPlace
 from pipemax.planning.simulate import PipelineSettings
 from tests.cost.models import LLAMA_70B
 
+# On the stage that is short of memory: KV for a few dozen requests.
+HEADS = (HeadPlace.LAST,)
 MODEL = dataclasses.replace(LLAMA_70B, name="Llama-24-layers", num_layers=24, sliding_windows=(None,) * 24)
 
 
@@ -25,5 +28,7 @@ def workload(num_requests: int) -> tuple[RequestLengths, ...]:
 
 
 def settings(**changes: object) -> PipelineSettings:
-    base = PipelineSettings(phase_policy=PhasePolicyName.DISAGGREGATED, kv_offload=KVOffload.ON, max_num_seqs=256)
+    base = PipelineSettings(
+        phase_policy=PhasePolicyName.DISAGGREGATED, kv_offload=KVOffload.ON, max_num_seqs=256, heads=HEADS
+    )
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]

@@ -10,10 +10,10 @@ from pipemax.cost.profiles import gpu_profile, server_profile
 from pipemax.cost.workload import RequestLengths
 from pipemax.planning.compare import Job, JobSettings, LayoutRefusal, LayoutResult, compare_layouts, evaluate_layout
 from pipemax.planning.layouts import PipelineLayout, TensorLayout, candidate_layouts, replica_server
-from tests.planning.models import MODEL, server, workload
+from tests.planning.models import HEADS, MODEL, server, workload
 
 PIPELINE = PipelineLayout(1, 2, KVOffload.ON, PhasePolicyName.DISAGGREGATED)
-SETTINGS = JobSettings(max_num_seqs=256)
+SETTINGS = JobSettings(max_num_seqs=256, heads=HEADS)
 
 
 def evaluate(layout, job, gpus=2):
