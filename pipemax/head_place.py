@@ -24,7 +24,6 @@ class HeadPlace(enum.StrEnum):
     ENDS = "ends"
 
 
-
 def possible_heads(device: str) -> tuple[HeadPlace, ...]:
     """Of a pipeline on that kind of device: what the environment asks for, or all that may be best there.
 

@@ -44,6 +44,7 @@ class Forecast:
         self._stage = stages[self._index]
         self._cost = CalibratedCostModel(model=cost, max_factor=100.0)
         self._link = LinkRate(link=link)
+        self._copy_seconds_per_byte = link.compute_seconds_per_byte
         self._block_bytes = block_bytes
         self._learn = learn
         self._loads: dict[int, StepLoad] = {}
@@ -57,6 +58,10 @@ class Forecast:
     def refill_blocks(self, step_seconds: float) -> int:
         """Blocks that the link brings up during a step of that length; at least one."""
         return max(1, self._link.prefetch_bytes(step_seconds) // self._block_bytes)
+
+    def copy_seconds(self, num_blocks: int) -> float:
+        """What a step loses by copies of so many blocks beside it, though it waits for none."""
+        return num_blocks * self._block_bytes * self._copy_seconds_per_byte
 
     def submitted(self, plan: StepPlan) -> None:
         """A plan is on its way: its result will be compared with what it asks."""

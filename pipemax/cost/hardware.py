@@ -6,6 +6,7 @@ steps.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 
@@ -24,12 +25,14 @@ class PeerLink(enum.StrEnum):
 class HostLink:
     """Copies between a GPU and pinned host memory, bytes a second in pieces of 1 MiB and more.
 
-    up: host to device; down: device to host; duplex: each way while both ways are busy.
+    up: host to device; down: device to host; duplex: each way while both ways are busy. What is copied uses memory and
+    link that compute beside it and its messages want as well: `compute_seconds_per_byte` is what a step loses by it.
     """
 
     up_bytes_per_second: float
     down_bytes_per_second: float
     duplex_bytes_per_second: float
+    compute_seconds_per_byte: float = 0.0
 
     def up_seconds(self, up_bytes: float, down_bytes: float) -> float:
         """Time for `up_bytes` when `down_bytes` start at the same moment in the other direction."""
@@ -110,7 +113,8 @@ class ServerProfile:
 def shared_host_link(link: HostLink, *, num_gpus: int, host_memory_bytes_per_second: float) -> HostLink:
     """What is left of each GPU's link when `num_gpus` copy at once out of the same host memory."""
     share = host_memory_bytes_per_second / num_gpus
-    return HostLink(
+    return dataclasses.replace(
+        link,
         up_bytes_per_second=min(link.up_bytes_per_second, share),
         down_bytes_per_second=min(link.down_bytes_per_second, share),
         duplex_bytes_per_second=min(link.duplex_bytes_per_second, share / 2),

@@ -118,6 +118,13 @@ class StepLoad:
             self.num_samples + samples,
         )
 
+    def times(self, factor: float) -> StepLoad:
+        """Of so many more requests like these; at least one token, as a step has."""
+        return StepLoad(
+            *(max(1, round(factor * figure)) for figure in (self.num_rows, self.num_tokens)),
+            *(round(factor * figure) for figure in (self.kv_tokens, self.attention_pairs, self.num_samples)),
+        )
+
     @property
     def is_decode(self) -> bool:
         """Whether every row computes one token, so that weights and KV are read for few multiplications each."""

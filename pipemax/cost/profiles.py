@@ -10,6 +10,8 @@ never apply.
 
 from __future__ import annotations
 
+import dataclasses
+
 from pipemax.config import ConfigError
 from pipemax.cost.hardware import HardwareProfile, HostLink, PeerLink, ServerProfile, StageLink, shared_host_link
 
@@ -224,6 +226,11 @@ _HOST_MEMORY_BYTES_PER_SECOND = {
 # Measured with P2P off: 33 GB/s against 54.6 of the host link, 90 us for small messages.
 _HOST_MEMORY_STAGE_FRACTION = 33 / 54.6
 _STAGE_LATENCY_SECONDS = 90e-6
+# What a step loses by a byte copied beside it, in bytes that it would read itself at the data sheet's rate. Measured on
+# two H200 with refills of 0.3 to 1.2 GB a step: compute takes longer by 2 to 6; with what messages between stages are
+# held up, a whole job by 6.5 (docs/lab-notes.md, "Where a step's time goes", "What offloading is worth"). Of other
+# cards, and of blocks that go home, it is not known.
+_COPY_COST = 5.0
 
 
 def gpu_names() -> tuple[str, ...]:
@@ -259,18 +266,25 @@ def server_profile(gpu_name: str, num_gpus: int, *, host_memory_gib: float = 512
         num_gpus=num_gpus,
         host_memory_gib=host_memory_gib,
         host_memory_bytes_per_second=host_memory,
-        host_link=shared_host_link(gpu.host_link, num_gpus=num_gpus, host_memory_bytes_per_second=host_memory),
+        host_link=_beside_compute(
+            shared_host_link(gpu.host_link, num_gpus=num_gpus, host_memory_bytes_per_second=host_memory), gpu
+        ),
         stage_link=StageLink(_STAGE_LATENCY_SECONDS, stage_rate),
     )
 
 
 def measured_h100_pair() -> ServerProfile:
     """The server that the measurements come from, with P2P off: both GPUs copying, stages joined by host memory."""
+    gpu = gpu_profile("h100-sxm")
     return ServerProfile(
-        gpu=gpu_profile("h100-sxm"),
+        gpu=gpu,
         num_gpus=2,
         host_memory_gib=256.0,
         host_memory_bytes_per_second=4 * 30.6e9,
-        host_link=HostLink(49.2e9, 45.0e9, 30.5e9),
+        host_link=_beside_compute(HostLink(49.2e9, 45.0e9, 30.5e9), gpu),
         stage_link=StageLink(_STAGE_LATENCY_SECONDS, 33e9),
     )
+
+
+def _beside_compute(link: HostLink, gpu: HardwareProfile) -> HostLink:
+    return dataclasses.replace(link, compute_seconds_per_byte=_COPY_COST / gpu.memory_bytes_per_second)

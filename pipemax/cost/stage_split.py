@@ -46,9 +46,9 @@ def split_stages(
 ) -> tuple[StageShape, ...]:
     """One stage for each entry of `memory_bytes`, which counts what weights and KV may take of that GPU.
 
-    `heads` are the places where the head may be; `host_bytes` is for homes, of all stages together; the rest as in `SteadyState.of`. Where no split leaves every
-    stage a KV block it is the even one: `pipeline_capacity` says what is missing. Raises ConfigError when there are
-    more GPUs than layers.
+    `heads` are the places where the head may be; `host_bytes` is for homes, of all stages together; the rest as in
+    `SteadyState.of`. Where no split leaves every stage a KV block it is the even one: `pipeline_capacity` says what is
+    missing. Raises ConfigError when there are more GPUs than layers.
     """
     num_stages = len(memory_bytes)
     if num_stages > model.num_layers:
@@ -91,8 +91,8 @@ def split_stages(
 
 
 def _candidates(num_layers: int, num_stages: int, heads: Sequence[HeadPlace]) -> Iterator[tuple[StageShape, ...]]:
-    """Every pair of ends that leaves the rest a layer a stage, with every place of the head; ends never much longer than
-    an even share."""
+    """Every pair of ends that leaves the rest a layer a stage, with the head in every place; ends never much longer
+    than an even share."""
     if num_stages == 1:
         yield even_stages(num_layers, 1)
         return

@@ -14,7 +14,7 @@ clock. Each server takes the steps in the order of `step_id` and the layers of a
 * Copies both ways slow each other as if they had started together, and every GPU has its share of host memory's
   bandwidth whether the others copy or not (a plan moves the same blocks on every stage, and in the steady state they
   all copy at once).
-* A byte that is copied costs the compute beside it as much as `_COPY_COST` bytes that it would read itself.
+* A byte that is copied costs the compute beside it `HostLink.compute_seconds_per_byte`, whatever that computes.
 * The host's own work takes no time.
 
 The true cost model is given here and may differ from the scheduler's (`cost/perturbed.py`). Never here: policies,
@@ -35,11 +35,6 @@ from pipemax.cost.model import CostModel
 from pipemax.executor.layer_times import LayerTimes, at_layer, highest, serve
 from pipemax.model_spec import ModelSpec
 from pipemax.plan import Capacity, CopyDirection, CopyTiming, StageTiming, StepPlan, StepResult
-
-# In bytes read at the data sheet's rate. Measured on H200s beside refills of 0.3 to 1.2 GB a step: 0.4 to 1.3 ms a GB,
-# 2 to 6 bytes (docs/lab-notes.md, "Where a step's time goes"). Of other cards, and of blocks that go home, it is not
-# known.
-_COPY_COST = 3.0
 
 
 @dataclass(slots=True)
@@ -90,7 +85,6 @@ class SimExecutor:
     layer_block_bytes       bytes of a KV block in one layer
     cost                    how long steps really take
     host_link               of one GPU while all of them copy
-    memory_bytes_per_second of a GPU's own memory
     stage_link              from each stage to the next
     token_bytes             of one token's activations on that link
     token_seconds           from the last stage's end to the first stage (and the engine) knowing the sampled tokens
@@ -107,7 +101,6 @@ class SimExecutor:
         layer_block_bytes: int,
         cost: CostModel,
         host_link: HostLink,
-        memory_bytes_per_second: float,
         stage_link: StageLink,
         token_bytes: int,
         token_seconds: float,
@@ -122,7 +115,6 @@ class SimExecutor:
         assert max(stage.block_bytes for stage in self._stages) == capacity.block_bytes
         self._cost = cost
         self._host_link = host_link
-        self._memory_rate = memory_bytes_per_second
         self._stage_link = stage_link
         self._token_bytes = token_bytes
         self._token_seconds = token_seconds
@@ -160,7 +152,6 @@ class SimExecutor:
             layer_block_bytes=geometry.layer_block_bytes(0),
             cost=cost,
             host_link=server.host_link,
-            memory_bytes_per_second=server.gpu.memory_bytes_per_second,
             stage_link=server.stage_link,
             token_bytes=model.hidden_size * dtype_bytes,
             token_seconds=server.stage_link.latency_seconds if len(stages) > 1 else 0.0,
@@ -236,7 +227,7 @@ class SimExecutor:
     def _run_stage(self, stage: _Stage, plan: StepPlan, load: StepLoad, ready: float) -> _Timed:
         num_layers = stage.shape.num_layers
         refill_bytes, home_bytes = len(plan.refill) * stage.block_bytes, len(plan.write_home) * stage.block_bytes
-        disturbed_seconds = _COPY_COST * (refill_bytes + home_bytes) / self._memory_rate
+        disturbed_seconds = self._host_link.compute_seconds_per_byte * (refill_bytes + home_bytes)
         seconds = self._cost.step_seconds(load, stage.shape) + disturbed_seconds
         came = max(stage.compute_free, self._now)
         start = max(stage.compute_free, ready)

@@ -93,6 +93,9 @@ def limits(
 
 
 def _faster(link: HostLink) -> HostLink:
-    return HostLink(
-        link.up_bytes_per_second * _MORE, link.down_bytes_per_second * _MORE, link.duplex_bytes_per_second * _MORE
+    return dataclasses.replace(
+        link,
+        up_bytes_per_second=link.up_bytes_per_second * _MORE,
+        down_bytes_per_second=link.down_bytes_per_second * _MORE,
+        duplex_bytes_per_second=link.duplex_bytes_per_second * _MORE,
     )

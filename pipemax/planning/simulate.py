@@ -19,7 +19,7 @@ import numpy as np
 from pipemax.config import MOST_NUM_SEQS, ConfigError, KVOffload, PhasePolicyName
 from pipemax.control_plane import build_scheduler
 from pipemax.cost.forecast import Forecast
-from pipemax.cost.hardware import GIB, HostLink, ServerProfile
+from pipemax.cost.hardware import GIB, ServerProfile
 from pipemax.cost.load import StageShape
 from pipemax.cost.memory import HOST_MEMORY_SHARE, RESERVE_BYTES, pipeline_capacity
 from pipemax.cost.model import CostModel
@@ -324,7 +324,10 @@ def _true_server(server: ServerProfile, misestimate: Misestimate | None) -> Serv
     if misestimate is None or misestimate.link_factor == 1.0:
         return server
     link, factor = server.host_link, misestimate.link_factor
-    true_link = HostLink(
-        link.up_bytes_per_second * factor, link.down_bytes_per_second * factor, link.duplex_bytes_per_second * factor
+    true_link = dataclasses.replace(
+        link,
+        up_bytes_per_second=link.up_bytes_per_second * factor,
+        down_bytes_per_second=link.down_bytes_per_second * factor,
+        duplex_bytes_per_second=link.duplex_bytes_per_second * factor,
     )
     return dataclasses.replace(server, host_link=true_link)

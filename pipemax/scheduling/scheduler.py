@@ -38,6 +38,7 @@ from pipemax.scheduling.population import Population
 from pipemax.scheduling.request_state import RequestState, RequestUpdate, Status
 from pipemax.scheduling.staged_step import NO_ROWS, Chunk, StagedStep
 from pipemax.scheduling.turns import Turns
+from pipemax.scheduling.window_size import WindowSize
 
 # The window is changed when it is off by more than this share: a slot more or less is not worth a change.
 _WINDOW_TOLERANCE = 0.05
@@ -86,6 +87,12 @@ class Scheduler:
         self._turns = turns
         self._forecast = forecast
         self._budget = PrefetchBudget(blocks_per_step=capacity.num_window_blocks)
+        self._window_size = WindowSize(
+            forecast=forecast,
+            num_device_blocks=capacity.num_device_blocks,
+            num_batches=num_batches,
+            max_num_seqs=max_num_seqs,
+        )
         self._output_length = output_length
         self.stats = SchedulerStats()
         self.kv = KVManager(capacity=capacity, offload=offload)
@@ -220,7 +227,10 @@ class Scheduler:
         self._advance_members(step.members)
         for chunk in step.chunks:
             self._advance_chunk(chunk)
-        self._plan_prefetch(StepLoad.of_rows(num_computed, num_new, int(np.count_nonzero(samples))))
+        load = StepLoad.of_rows(num_computed, num_new, int(np.count_nonzero(samples)))
+        if num_members:
+            self._window_size.observe(load)
+        self._plan_prefetch(load)
         self._staged = self._stage()
         return StepPlan(
             step_id=self._next_step,
@@ -308,6 +318,8 @@ class Scheduler:
         if self._capacity.num_window_blocks:
             usual = PrefetchBudget(blocks_per_step=self._forecast.refill_blocks(decode_seconds)).window_blocks
             wanted = min(usual, self._capacity.num_device_blocks // 2)
+            if self._population.waiting or self._population.ready:  # else more rows are not to be had
+                wanted = self._window_size.blocks(wanted, held_blocks=sum(self._memory.batch_blocks))
             if abs(wanted - self.kv.window.num_blocks) > _WINDOW_TOLERANCE * self.kv.window.num_blocks:
                 self.kv.window.resize(wanted)
 

@@ -1,4 +1,5 @@
-"""`chosen_path`, `asked_path`: which way of several the environment asks for, so that a fast one can be compared with a plain one."""
+"""`chosen_path`, `asked_path`: which way of several the environment asks for, so that fast ones can be compared with
+plain ones."""
 
 from __future__ import annotations
 

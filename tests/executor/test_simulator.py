@@ -7,6 +7,7 @@ second, 142 us a step (with a cost model that takes no time; the roofline's take
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -55,7 +56,6 @@ def executor(
         layer_block_bytes=1,
         cost=cost or SecondsPerToken(),
         host_link=HostLink(up, down, duplex or min(up, down)),
-        memory_bytes_per_second=1e30,
         stage_link=stage_link,
         token_bytes=1,
         token_seconds=token_seconds,
@@ -239,12 +239,12 @@ def test_a_refill_waits_for_the_home_of_the_step_before():
     assert results[2].finished_seconds == 13.0
 
 
-def test_a_byte_that_is_copied_costs_compute_three_that_it_would_read():
+def test_what_is_copied_costs_compute_beside_it():
     sim = executor(num_stages=1, num_layers=1, up=1e9)
-    sim._memory_rate = 4.0
+    sim._host_link = dataclasses.replace(sim._host_link, compute_seconds_per_byte=0.75)
     (result,) = run(sim, [plan(0, tokens=1, refill=2)])
 
-    assert result.timings[0].compute_seconds == 1 + 3 * 2 / 4.0
+    assert result.timings[0].compute_seconds == 1 + 2 * 0.75
 
 
 def test_tokens_end_when_the_request_has_its_length():

@@ -44,7 +44,6 @@ def executor() -> SimExecutor:
         layer_block_bytes=2000,
         cost=StepSeconds(),
         host_link=HostLink(3e6, 3e6, 2e6),
-        memory_bytes_per_second=1e12,
         stage_link=StageLink(0.0005, 1e9),
         token_bytes=100,
         token_seconds=0.0005,
@@ -65,6 +64,9 @@ class ExpectsLess(Forecast):
 
     def refill_blocks(self, step_seconds: float) -> int:
         return CAPACITY.num_window_blocks
+
+    def copy_seconds(self, num_blocks: int) -> float:
+        return 0.0
 
     def submitted(self, plan: StepPlan) -> None:
         pass

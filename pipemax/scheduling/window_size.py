@@ -1,0 +1,73 @@
+"""`WindowSize`: how many blocks the window is to have: as many as the link brings up, or fewer where they cost more
+than they give.
+
+    a window of W blocks     live KV = device blocks + (batches - 1) W     rows of a step in proportion
+    its refill               a step takes longer by what copying W blocks costs the compute beside it
+
+Steps of more rows take longer by themselves, the more so where prompts are computed in the same steps: as many more of
+those come with more rows. So a window may not be worth its copies, above all with few batches in flight: on two H200 it
+gave 5 % more rows and took 5 % more of each step (docs/lab-notes.md, "What offloading is worth"); on eight cards of
+24 GB it nearly doubles the rows. Homes are not asked here: KV of requests that wait is in host memory in any case.
+
+Never here: what the link can bring up (`cost/link_rate.py`), which blocks travel (`kv/`, `memory_pressure.py`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from pipemax.cost.forecast import Forecast
+from pipemax.cost.load import StepLoad
+
+# Steps between two choices: rows follow a change of the window slowly.
+_CHOICE_STEPS = 32
+# Of every so many steps one is taken for a sample, and that many samples count.
+_SAMPLED_STEPS = 4
+_NUM_SAMPLES = 8
+_PARTS = 8
+# So much more has to come of a larger window: estimates err, and what is not copied can wait for nothing.
+_LEAST_GAIN = 1.01
+
+
+class WindowSize:
+    """The share of what is possible that pays, chosen anew now and then."""
+
+    def __init__(self, *, forecast: Forecast, num_device_blocks: int, num_batches: int, max_num_seqs: int) -> None:
+        self._forecast = forecast
+        self._num_device_blocks = num_device_blocks
+        self._num_batches = num_batches
+        self._max_num_seqs = max_num_seqs
+        self._num_steps = 0
+        self._samples: deque[StepLoad] = deque(maxlen=_NUM_SAMPLES)
+        self._share = 1.0
+
+    def observe(self, load: StepLoad) -> None:
+        """A step that decodes, perhaps with chunks of prompts, is on its way."""
+        if not self._num_steps % _SAMPLED_STEPS:
+            self._samples.append(load)
+        self._num_steps += 1
+
+    def blocks(self, most: int, *, held_blocks: int) -> int:
+        """Of at most so many blocks. Asked after every `observe`, while somebody waits for a place in a batch.
+
+        `held_blocks`: what all batches in flight hold now.
+        """
+        if self._samples and held_blocks and not self._num_steps % _CHOICE_STEPS:
+            self._share = self._share_that_pays(most, held_blocks)
+        return round(self._share * most)
+
+    def _share_that_pays(self, most: int, held_blocks: int) -> float:
+        most_growth = max(1.0, self._max_num_seqs / max(load.num_rows for load in self._samples))
+        chosen, chosen_rate = 0.0, 0.0
+        for part in range(_PARTS + 1):
+            share = part / _PARTS
+            num_blocks = round(share * most)
+            live = self._num_device_blocks + (self._num_batches - 1) * num_blocks
+            growth = min(live / held_blocks, most_growth)
+            loads = [load.times(growth) for load in self._samples]
+            seconds = sum(map(self._forecast.step_seconds, loads))
+            seconds += len(loads) * self._forecast.copy_seconds(num_blocks)
+            rate = sum(load.num_tokens for load in loads) / seconds
+            if rate > _LEAST_GAIN * chosen_rate:
+                chosen, chosen_rate = share, rate
+        return chosen
