@@ -35,6 +35,7 @@ from pipemax.cost.profiles import server_profile
 from pipemax.cost.serving import ServingEstimate
 from pipemax.cost.tensor_parallel import estimate_tensor_parallel
 from pipemax.cost.workload import MeanLengths, RequestLengths, read_lengths
+from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
 from pipemax.planning.report import run_json
 from pipemax.planning.simulate import Misestimate, PipelineSettings, plan_pipeline, simulate_pipeline
@@ -173,7 +174,7 @@ def run_case(kind: str, spec: ModelSpec, gpu: str, trace: str, max_requests: int
         capacity = plan_pipeline(
             model=spec,
             server=server,
-            settings=PIPELINES["PP"],
+            settings=dataclasses.replace(PIPELINES["PP"], heads=(HeadPlace.LAST,)),
             lengths=MeanLengths.of(requests),
             num_requests=len(requests),
         ).capacity

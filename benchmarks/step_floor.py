@@ -1,11 +1,11 @@
 """What decode steps of a pipeline of two stages took, beside their floor: GEMMs by themselves, and reading KV.
 
     python benchmarks/step_floor.py --steps benchmarks/results/h200x2_70b_sharegpt_256_6aea9b6.steps.jsonl.gz \\
-        --gemms benchmarks/results/h200_gemm_floor_same_gpu_as_step_kernels.json --kv-rate 4.0
+        --gemms benchmarks/results/h200_gemm_floor_same_gpu_as_step_kernels.json --kv-rate 4.0 --head last
 
 The steps are those that `two_gpus.py` wrote, the GEMMs those of `gemm_floor.py`: of the sizes that hold a step's rows
-the quickest, and the head on the last stage. Waits for the window are not in a step's time; what copies beside it cost
-is.
+the quickest, and the head on the last stage or half of it on either (`--head`). Waits for the window are not in a
+step's time; what copies beside it cost is, and on a first stage that samples the sampling.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
 
 HERE = Path(__file__).parent
@@ -24,11 +25,11 @@ RANGES = ((1, 32), (33, 64), (65, 96), (97, 128), (1, 128))
 
 
 def floor_seconds(
-    step: dict[str, Any], gemms: dict[int, dict[str, float]], *, layers: int, has_head: bool, kv_token_seconds: float
+    step: dict[str, Any], gemms: dict[int, dict[str, float]], *, layers: int, head_share: float, kv_token_seconds: float
 ) -> float:
     held = [size for size in gemms if size >= step["rows"]]
     layer = min(gemms[size]["layer_milliseconds"] for size in held)
-    head = min(gemms[size]["head_milliseconds"] for size in held) if has_head else 0.0
+    head = head_share * min(gemms[size]["head_milliseconds"] for size in held)
     return (layers * layer + head) / 1e3 + layers * step["kv_tokens"] * kv_token_seconds
 
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=Path, required=True)
     parser.add_argument("--gemms", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=HERE / "model_configs" / "Llama-3.1-70B")
+    parser.add_argument("--head", type=HeadPlace, choices=list(HeadPlace), required=True)
     parser.add_argument("--kv-rate", type=float, required=True, help="TB/s at which KV could be read")
     arguments = parser.parse_args()
     model = ModelSpec.from_pretrained(arguments.model)
@@ -54,7 +56,7 @@ def main() -> None:
                     step,
                     gemms,
                     layers=model.num_layers // 2,
-                    has_head=stage == 1,
+                    head_share=0.5 if arguments.head is HeadPlace.ENDS else float(stage == 1),
                     kv_token_seconds=kv_token_bytes / (arguments.kv_rate * 1e12),
                 )
                 for step in chosen
