@@ -41,6 +41,7 @@ from pipemax.planning.report import run_json
 from pipemax.planning.simulate import Misestimate, PipelineSettings, plan_pipeline, simulate_pipeline
 from pipemax.scheduling.balancer import Balancer
 from pipemax.scheduling.turns import Turns
+from pipemax.scheduling.window_size import WindowSize
 
 HERE = Path(__file__).parent
 GPUS = ("rtx-4090", "rtx-5090", "l20")
@@ -75,6 +76,13 @@ class NoTurns(Turns):
         return False
 
 
+class LargestWindow(WindowSize):
+    """As large as the link allows, whatever its copies cost."""
+
+    def blocks(self, most: int, *, held_blocks: int) -> int:
+        return most
+
+
 @dataclass(frozen=True, slots=True)
 class Ablation:
     """One thing off. `estimates_off` makes the machine differ from what the scheduler believes."""
@@ -82,6 +90,7 @@ class Ablation:
     settings: PipelineSettings
     balanced: bool = True
     in_turns: bool = True
+    window_pays: bool = True
     estimates_off: Misestimate | None = None
 
 
@@ -90,6 +99,7 @@ ABLATIONS = {
     "everything": Ablation(FULL),
     "no offloading": Ablation(dataclasses.replace(FULL, kv_offload=KVOffload.OFF)),
     "no window: host memory for waiting requests only": Ablation(dataclasses.replace(FULL, num_window_blocks=0)),
+    "the largest window": Ablation(FULL, window_pays=False),
     "no balance": Ablation(FULL, balanced=False),
     "no turns at the end": Ablation(FULL, in_turns=False),
     "phases apart always": Ablation(dataclasses.replace(FULL, phase_policy=PhasePolicyName.DISAGGREGATED)),
@@ -111,8 +121,9 @@ def workload(trace: str, max_requests: int | None) -> tuple[RequestLengths, ...]
 def run_pipeline(spec: ModelSpec, gpu: str, requests: Sequence[RequestLengths], ablation: Ablation) -> dict[str, Any]:
     server = server_profile(gpu, NUM_GPUS)
     unbalanced = nullcontext() if ablation.balanced else patch("pipemax.control_plane.Balancer", NoBalance)
+    largest = nullcontext() if ablation.window_pays else patch("pipemax.control_plane.WindowSize", LargestWindow)
     to_the_end = nullcontext() if ablation.in_turns else patch("pipemax.control_plane.Turns", NoTurns)
-    with unbalanced, to_the_end:
+    with unbalanced, largest, to_the_end:
         run = simulate_pipeline(
             model=spec,
             server=server,

@@ -10,6 +10,7 @@ from pipemax.scheduling.output_length import OutputLengthEstimate
 from pipemax.scheduling.phase import Auto, Disaggregated, Mixed, PhasePolicy
 from pipemax.scheduling.scheduler import Scheduler
 from pipemax.scheduling.turns import Turns
+from pipemax.scheduling.window_size import WindowSize
 
 
 def build_scheduler(
@@ -38,6 +39,12 @@ def build_scheduler(
         ),
         balancer=Balancer(num_batches=num_batches, max_rows=max_num_seqs),
         turns=Turns(),
+        window_size=WindowSize(
+            forecast=forecast,
+            num_device_blocks=capacity.num_device_blocks,
+            num_batches=num_batches,
+            max_num_seqs=max_num_seqs,
+        ),
         forecast=forecast,
         output_length=OutputLengthEstimate(),
         offload=kv_offload,

@@ -74,6 +74,7 @@ class Scheduler:
         phase_policy: PhasePolicy,
         balancer: Balancer,
         turns: Turns,
+        window_size: WindowSize,
         forecast: Forecast,
         output_length: OutputLengthEstimate,
         offload: KVOffload,
@@ -87,12 +88,7 @@ class Scheduler:
         self._turns = turns
         self._forecast = forecast
         self._budget = PrefetchBudget(blocks_per_step=capacity.num_window_blocks)
-        self._window_size = WindowSize(
-            forecast=forecast,
-            num_device_blocks=capacity.num_device_blocks,
-            num_batches=num_batches,
-            max_num_seqs=max_num_seqs,
-        )
+        self._window_size = window_size
         self._output_length = output_length
         self.stats = SchedulerStats()
         self.kv = KVManager(capacity=capacity, offload=offload)
