@@ -40,6 +40,7 @@ class WindowSize:
         self._num_steps = 0
         self._samples: deque[StepLoad] = deque(maxlen=_NUM_SAMPLES)
         self._share = 1.0
+        self._next_choice = _CHOICE_STEPS
 
     def observe(self, load: StepLoad) -> None:
         """A step that decodes, perhaps with chunks of prompts, is on its way."""
@@ -48,12 +49,13 @@ class WindowSize:
         self._num_steps += 1
 
     def blocks(self, most: int, *, held_blocks: int) -> int:
-        """Of at most so many blocks. Asked after every `observe`, while somebody waits for a place in a batch.
+        """Of at most so many blocks. Asked while somebody waits for a place in a batch.
 
         `held_blocks`: what all batches in flight hold now.
         """
-        if self._samples and held_blocks and not self._num_steps % _CHOICE_STEPS:
+        if self._num_steps >= self._next_choice and held_blocks:
             self._share = self._share_that_pays(most, held_blocks)
+            self._next_choice = self._num_steps + _CHOICE_STEPS
         return round(self._share * most)
 
     def _share_that_pays(self, most: int, held_blocks: int) -> float:
