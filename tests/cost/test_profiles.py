@@ -67,6 +67,9 @@ def test_gpus_share_host_memory():
     link = HostLink(50e9, 50e9, 40e9)
     # 300 GB/s: six at full speed one way, 75 GB/s each both ways together for four.
     assert shared_host_link(link, num_gpus=2, host_memory_bytes_per_second=300e9) == link
+    assert shared_host_link(
+        HostLink(50e9, 50e9, 40e9, 1e-12), num_gpus=8, host_memory_bytes_per_second=300e9
+    ) == HostLink(37.5e9, 37.5e9, 18.75e9, 1e-12)
     assert shared_host_link(link, num_gpus=4, host_memory_bytes_per_second=300e9) == HostLink(50e9, 50e9, 37.5e9)
     assert shared_host_link(link, num_gpus=8, host_memory_bytes_per_second=300e9) == HostLink(37.5e9, 37.5e9, 18.75e9)
 
@@ -86,3 +89,9 @@ def test_the_measured_pair_has_the_measured_rates():
     assert pair.gpu.memory_bytes_per_second * pair.gpu.kv_read_fraction == pytest.approx(1.52e12, rel=0.02)
     assert pair.gpu.memory_bytes_per_second * pair.gpu.memory_fraction == pytest.approx(2.8e12, rel=0.01)
     assert pair.gpu.tensor_flops_per_second * pair.gpu.tensor_fraction == pytest.approx(720e12, rel=0.01)
+
+
+@pytest.mark.parametrize("name", gpu_names())
+def test_what_is_copied_costs_compute_in_proportion_to_what_memory_can_do(name):
+    server = server_profile(name, 2)
+    assert server.host_link.compute_seconds_per_byte * server.gpu.memory_bytes_per_second == pytest.approx(5.0)

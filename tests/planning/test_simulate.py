@@ -67,6 +67,19 @@ def test_the_window_is_what_makes_the_rows():
     assert window.mean_decode_rows > 1.1 * none.mean_decode_rows
 
 
+def test_a_window_whose_copies_cost_more_than_its_rows_give_is_not_used():
+    def run(copy_seconds_per_gb: float, **changes):
+        base = server()
+        link = dataclasses.replace(base.host_link, compute_seconds_per_byte=copy_seconds_per_gb / 1e9)
+        machine = dataclasses.replace(base, host_link=link)
+        return simulate_pipeline(model=MODEL, server=machine, workload=workload(1500), settings=settings(**changes))
+
+    free, dear = run(0.0), run(0.2)
+    none = run(0.2, num_window_blocks=0)
+    assert dear.refill_bytes < free.refill_bytes / 3
+    assert dear.output_tokens_per_second > 0.95 * none.output_tokens_per_second
+
+
 class NoTurns(Turns):
     def are_taken(self, *, num_waiting, num_ready, free_homes, growth_blocks):
         return False
