@@ -25,6 +25,8 @@ _CHOICE_STEPS = 32
 _SAMPLED_STEPS = 4
 _NUM_SAMPLES = 8
 _PARTS = 8
+# Rows come whole: where a batch has a few long ones, what a window gives is room for one more or none, and for prompts.
+_FEWEST_ROWS = 8
 # So much more has to come of a larger window: estimates err, and what is not copied can wait for nothing.
 _LEAST_GAIN = 1.01
 
@@ -59,6 +61,8 @@ class WindowSize:
         return round(self._share * most)
 
     def _share_that_pays(self, most: int, held_blocks: int) -> float:
+        if sum(load.num_rows for load in self._samples) < _FEWEST_ROWS * len(self._samples):
+            return 1.0
         most_growth = max(1.0, self._max_num_seqs / max(load.num_rows for load in self._samples))
         chosen, chosen_rate = 0.0, 0.0
         for part in range(_PARTS + 1):

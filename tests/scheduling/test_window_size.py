@@ -31,24 +31,33 @@ class LinearForecast(Forecast):
 class Pipeline:
     """Takes whatever window it is told, and its rows follow."""
 
-    def __init__(self, forecast: Forecast, *, num_batches: int, chunk_tokens: int = 0, max_num_seqs: int = 10_000):
+    def __init__(
+        self,
+        forecast: Forecast,
+        *,
+        num_batches: int,
+        chunk_tokens: int = 0,
+        max_num_seqs: int = 10_000,
+        row_blocks: int = 10,
+    ) -> None:
         self.size = WindowSize(
             forecast=forecast, num_device_blocks=NUM_DEVICE_BLOCKS, num_batches=num_batches, max_num_seqs=max_num_seqs
         )
         self.num_batches = num_batches
         self.chunk_tokens = chunk_tokens
         self.max_num_seqs = max_num_seqs
+        self.row_blocks = row_blocks
         self.window = MOST
 
     def run(self, num_steps: int = 200) -> int:
         for _ in range(num_steps):
             live_blocks = NUM_DEVICE_BLOCKS + (self.num_batches - 1) * self.window
-            rows = min(self.max_num_seqs, live_blocks // 10)
-            load = StepLoad.of_decode(num_rows=rows, kv_tokens=160 * rows)
+            rows = min(self.max_num_seqs, live_blocks // self.row_blocks)
+            load = StepLoad.of_decode(num_rows=rows, kv_tokens=16 * self.row_blocks * rows)
             if self.chunk_tokens:
                 load = load.plus_chunk(num_computed=0, num_new=self.chunk_tokens * rows)
             self.size.observe(load)
-            self.window = self.size.blocks(MOST, held_blocks=10 * rows)
+            self.window = self.size.blocks(MOST, held_blocks=self.row_blocks * rows)
         return self.window
 
 
@@ -88,6 +97,13 @@ def test_rows_that_a_step_may_not_have_are_worth_nothing() -> None:
     forecast = LinearForecast(token_seconds=0.0, block_seconds=0.01 / MOST)
     assert Pipeline(forecast, num_batches=2).run() == MOST
     assert Pipeline(forecast, num_batches=2, max_num_seqs=80).run() == 0
+
+
+def test_a_few_long_rows_keep_the_largest_window() -> None:
+    """The same blocks in fewer rows: what a window gives them is not in proportion to it."""
+    forecast = LinearForecast(token_seconds=0.0, block_seconds=0.5 / MOST)
+    assert Pipeline(forecast, num_batches=2).run() == 0
+    assert Pipeline(forecast, num_batches=2, row_blocks=250).run() == MOST
 
 
 @pytest.mark.parametrize("block_seconds", [0.0, 0.5 / MOST])
