@@ -13,9 +13,33 @@ from pipemax.cost.load import even_stages
 from pipemax.cost.profiles import server_profile
 from pipemax.head_place import HEAD_VARIABLE, HeadPlace
 from pipemax.model_spec import ModelSpec
+from pipemax.pipeline_shape import PipelineShape
 from pipemax.shape_choice import choose_shape, rows_that_fit
 
 CONFIGS = Path(__file__).parents[1] / "benchmarks" / "model_configs"
+
+
+def choose(
+    model: str,
+    device: str,
+    num_stages: int,
+    *,
+    can_cut_head: bool = True,
+    max_num_seqs: int | None = None,
+    gpu_memory_utilization: float = 0.99,
+) -> PipelineShape:
+    return choose_shape(
+        ModelSpec.from_pretrained(CONFIGS / model),
+        device,
+        can_cut_head,
+        num_stages=num_stages,
+        num_batches=num_stages,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=2048,
+        block_size=16,
+        kv_offload=OffloadChoice.AUTO,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,18 +66,7 @@ def test_rows_on_gpus_are_chosen_within_what_they_may_be_filled_with(
 ) -> None:
     server = server_profile("h100-sxm", 1, host_memory_gib=128)
     monkeypatch.setattr(shape_choice, "this_server", lambda device, *, num_stages: server)
-    shape = choose_shape(
-        ModelSpec.from_pretrained(CONFIGS / "Llama-3.1-8B"),
-        "cuda",
-        True,
-        num_stages=1,
-        num_batches=1,
-        max_num_seqs=asked,
-        max_num_batched_tokens=2048,
-        block_size=16,
-        kv_offload=OffloadChoice.AUTO,
-        gpu_memory_utilization=share,
-    )
+    shape = choose("Llama-3.1-8B", "cuda", 1, max_num_seqs=asked, gpu_memory_utilization=share)
     assert shape.max_num_seqs == rows
 
 
@@ -84,18 +97,7 @@ def test_on_gpus_the_head_is_where_it_serves_best(
         monkeypatch.setenv(HEAD_VARIABLE, wish)
     server = server_profile(gpu, 2, host_memory_gib=256)
     monkeypatch.setattr(shape_choice, "this_server", lambda device, *, num_stages: server)
-    shape = choose_shape(
-        ModelSpec.from_pretrained(CONFIGS / model),
-        "cuda",
-        can_cut_head,
-        num_stages=2,
-        num_batches=2,
-        max_num_seqs=None,
-        max_num_batched_tokens=2048,
-        block_size=16,
-        kv_offload=OffloadChoice.AUTO,
-        gpu_memory_utilization=share,
-    )
+    shape = choose(model, "cuda", 2, can_cut_head=can_cut_head, gpu_memory_utilization=share)
     assert shape.head is head
 
 
@@ -104,18 +106,7 @@ def test_on_gpus_the_head_is_where_it_serves_best(
 def test_the_shape_on_cpus(asked: int | None, rows: int, can_cut_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HEAD_VARIABLE, HeadPlace.ENDS)
     spec = ModelSpec.from_pretrained(CONFIGS / "Llama-3.1-8B")
-    shape = choose_shape(
-        spec,
-        "cpu",
-        can_cut_head,
-        num_stages=3,
-        num_batches=3,
-        max_num_seqs=asked,
-        max_num_batched_tokens=2048,
-        block_size=16,
-        kv_offload=OffloadChoice.AUTO,
-        gpu_memory_utilization=0.99,
-    )
+    shape = choose("Llama-3.1-8B", "cpu", 3, can_cut_head=can_cut_head, max_num_seqs=asked)
     assert shape.head is (HeadPlace.ENDS if can_cut_head else HeadPlace.LAST)
     assert [layer for layers in shape.layers for layer in layers] == list(range(spec.num_layers))
     assert len(shape.layers) == 3 and shape.max_num_seqs == rows

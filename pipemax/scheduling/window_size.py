@@ -7,7 +7,8 @@ than they give.
 Steps of more rows take longer by themselves, the more so where prompts are computed in the same steps: as many more of
 those come with more rows. So a window may not be worth its copies, above all with few batches in flight: on two H200 it
 gave 5 % more rows and took 5 % more of each step (docs/lab-notes.md, "What offloading is worth"); on eight cards of
-24 GB it nearly doubles the rows. Homes are not asked here: KV of requests that wait is in host memory in any case.
+24 GB it is worth three quarters more rows in simulation. Homes are not asked here: KV of requests that wait is in host
+memory in any case.
 
 Never here: what the link can bring up (`cost/link_rate.py`), which blocks travel (`kv/`, `memory_pressure.py`).
 """

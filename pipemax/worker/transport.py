@@ -172,7 +172,8 @@ class StageLinks:
             else:
                 self._join_groups()
         except (RuntimeError, OSError) as error:  # dist.DistError is a RuntimeError
-            remedy = f"; to go without NCCL, set {MEDIUM_VARIABLE}=host" if medium is LinkMedium.NCCL else ""
+            is_nccls = medium is LinkMedium.NCCL and dist.is_initialized()  # not of a stage that never came
+            remedy = f"; to go without NCCL, set {MEDIUM_VARIABLE}=host" if is_nccls else ""
             raise LinkError(f"stage {stage} could not connect to the other stages: {error}{remedy}") from error
 
     def set_hidden(self, hidden_size: int, dtype: torch.dtype) -> None:

@@ -138,5 +138,6 @@ def test_the_link_matters_where_blocks_travel():
 
 
 def test_few_requests_limit_by_rows():
-    gains = gains_of("l20", num_requests=40)
+    gains = gains_of("l20", num_requests=8)
+    assert max(gains, key=gains.__getitem__) is Resource.ROWS
     assert gains[Resource.ROWS] > 0.09 and gains[Resource.KV_MEMORY] == 0
