@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from parts_off import LargestWindow, NoBalance, NoTurns
+
 from pipemax.config import KVOffload, PhasePolicyName
 from pipemax.cost.continuous_batching import BatchingLimits
 from pipemax.cost.hardware import PeerLink, ServerProfile
@@ -39,9 +41,6 @@ from pipemax.head_place import HeadPlace
 from pipemax.model_spec import ModelSpec
 from pipemax.planning.report import run_json
 from pipemax.planning.simulate import Misestimate, PipelineSettings, plan_pipeline, simulate_pipeline
-from pipemax.scheduling.balancer import Balancer
-from pipemax.scheduling.turns import Turns
-from pipemax.scheduling.window_size import WindowSize
 
 HERE = Path(__file__).parent
 GPUS = ("rtx-4090", "rtx-5090", "l20")
@@ -57,30 +56,6 @@ PIPELINES = {
     "PP + offloading + phases": dataclasses.replace(FULL, phase_policy=PhasePolicyName.DISAGGREGATED),
     "all, auto": FULL,
 }
-
-
-class NoBalance(Balancer):
-    """Batches take whoever is ready, as long as there is room for it."""
-
-    def target_rows(self, *, num_ready: int, num_running: int) -> int:
-        return self._max_rows
-
-    def may_join(self, *, batch_blocks: int, request_blocks: int, live_blocks: int) -> bool:
-        return True
-
-
-class NoTurns(Turns):
-    """Whoever has joined a batch runs to its end, oldest first."""
-
-    def are_taken(self, *, num_waiting: int, num_ready: int, free_homes: int, growth_blocks: int) -> bool:
-        return False
-
-
-class LargestWindow(WindowSize):
-    """As large as the link allows, whatever its copies cost."""
-
-    def blocks(self, most: int, *, held_blocks: int) -> int:
-        return most
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,9 @@
 
 For each workload a JSON file as `pipemax bench throughput --output-json` writes it, 50 decode steps as a trace for
 ui.perfetto.dev, and every step in one line of a `.steps.jsonl.gz` (`expected_steps.py` reads it); prints the summaries.
-Weights are random. `--engine '{"kv_offload": "off"}'` changes a setting.
+Weights are random. `--engine '{"kv_offload": "off"}'` changes a setting, `--largest-window` makes the window as large
+as the link allows, whatever its copies cost. With one GPU and half of the layers (`--num-gpus 1 --model ...` with
+`--engine '{"num_batches": 2}'`) the GPU does what a stage of two does, without waiting for the other.
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from parts_off import LargestWindow
 
 from pipemax.bench import environment, longest_request_tokens, measure_throughput, print_throughput, read_lengths
 from pipemax.llm import LLM
@@ -92,9 +98,14 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=["sharegpt_999", "sharegpt_256"])
     parser.add_argument("--num-gpus", type=int, default=2)
     parser.add_argument("--engine", default="{}", help="further engine settings, as JSON")
+    parser.add_argument("--num-prompts", type=int, help="the first so many of each workload; default: all")
+    parser.add_argument("--largest-window", action="store_true", help="as large as the link allows")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    lengths = {name: read_lengths(HERE / "workloads" / f"{name}.csv", num_prompts=None) for name in arguments.workloads}
+    lengths = {
+        name: read_lengths(HERE / "workloads" / f"{name}.csv", num_prompts=arguments.num_prompts)
+        for name in arguments.workloads
+    }
     settings: dict[str, Any] = {
         "model": str(arguments.model),
         "load_format": "dummy",
@@ -105,7 +116,8 @@ def main() -> None:
         **json.loads(arguments.engine),
     }
     started_seconds = time.monotonic()
-    with LLM(**settings) as llm:
+    window = patch("pipemax.control_plane.WindowSize", LargestWindow) if arguments.largest_window else nullcontext()
+    with window, LLM(**settings) as llm:
         common = {
             "load_seconds": time.monotonic() - started_seconds,
             "start_up": llm.start_up,

@@ -16,9 +16,11 @@ from pipemax.cost.model import CostModel
 class PerturbedCostModel:
     """Implements `CostModel`.
 
-    decode_factor, prefill_factor    true time over the model's, for steps of one token a row and for all others
-    noise                            standard deviation of the logarithm of a factor drawn for each step and stage
-    seed                             of the draws: equal seeds and equal calls give equal times
+    decode_factor     true time over the model's, for steps of one token a row
+    prefill_factor    the same for what further tokens add to such a step: prompts beside decode rows do not make these
+                      any faster or slower
+    noise             standard deviation of the logarithm of a factor drawn for each step and stage
+    seed              of the draws: equal seeds and equal calls give equal times
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class PerturbedCostModel:
 
     def step_seconds(self, load: StepLoad, stage: StageShape) -> float:
         """See `CostModel`."""
-        seconds = self._model.step_seconds(load, stage)
-        seconds *= self._decode_factor if load.is_decode else self._prefill_factor
+        rows = StepLoad(load.num_rows, load.num_rows, load.kv_tokens, load.kv_tokens, load.num_samples)
+        rows_seconds = self._model.step_seconds(rows, stage)
+        added_seconds = 0.0 if load.is_decode else self._model.step_seconds(load, stage) - rows_seconds
+        seconds = self._decode_factor * rows_seconds + self._prefill_factor * added_seconds
         if self._noise:
             seconds *= math.exp(self._noise * self._random.standard_normal())
         return seconds

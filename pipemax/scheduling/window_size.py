@@ -10,6 +10,10 @@ gave 5 % more rows and took 5 % more of each step (docs/lab-notes.md, "What offl
 24 GB it is worth three quarters more rows in simulation. Homes are not asked here: KV of requests that wait is in host
 memory in any case.
 
+The last steps are what it is judged by, and a change shows in them: while rows come to fill a window, steps are full of
+their prompts, and more rows look dear; while rows leave, there are none, and they look cheap. A window that followed
+would swing between all and nothing. So it moves by a part at a time, and rows keep up with it.
+
 Never here: what the link can bring up (`cost/link_rate.py`), which blocks travel (`kv/`, `memory_pressure.py`).
 """
 
@@ -20,7 +24,7 @@ from collections import deque
 from pipemax.cost.forecast import Forecast
 from pipemax.cost.load import StepLoad
 
-# Steps between two choices: rows follow a change of the window slowly.
+# Steps between two choices, each of which moves the window by a part at most.
 _CHOICE_STEPS = 32
 # Of every so many steps one is taken for a sample, and that many samples count.
 _SAMPLED_STEPS = 4
@@ -42,7 +46,7 @@ class WindowSize:
         self._max_num_seqs = max_num_seqs
         self._num_steps = 0
         self._samples: deque[StepLoad] = deque(maxlen=_NUM_SAMPLES)
-        self._share = 1.0
+        self._parts = _PARTS  # of what is possible
         self._next_choice = _CHOICE_STEPS
 
     def observe(self, load: StepLoad) -> None:
@@ -57,18 +61,18 @@ class WindowSize:
         `held_blocks`: what all batches in flight hold now.
         """
         if self._num_steps >= self._next_choice and held_blocks:
-            self._share = self._share_that_pays(most, held_blocks)
+            wanted = self._parts_that_pay(most, held_blocks)
+            self._parts += (wanted > self._parts) - (wanted < self._parts)
             self._next_choice = self._num_steps + _CHOICE_STEPS
-        return round(self._share * most)
+        return round(most * self._parts / _PARTS)
 
-    def _share_that_pays(self, most: int, held_blocks: int) -> float:
+    def _parts_that_pay(self, most: int, held_blocks: int) -> int:
         if sum(load.num_rows for load in self._samples) < _FEWEST_ROWS * len(self._samples):
-            return 1.0
+            return _PARTS
         most_growth = max(1.0, self._max_num_seqs / max(load.num_rows for load in self._samples))
-        chosen, chosen_rate = 0.0, 0.0
-        for part in range(_PARTS + 1):
-            share = part / _PARTS
-            num_blocks = round(share * most)
+        chosen, chosen_rate = 0, 0.0
+        for parts in range(_PARTS + 1):
+            num_blocks = round(most * parts / _PARTS)
             live = self._num_device_blocks + (self._num_batches - 1) * num_blocks
             growth = min(live / held_blocks, most_growth)
             loads = [load.times(growth) for load in self._samples]
@@ -76,5 +80,5 @@ class WindowSize:
             seconds += len(loads) * self._forecast.copy_seconds(num_blocks)
             rate = sum(load.num_tokens for load in loads) / seconds
             if rate > _LEAST_GAIN * chosen_rate:
-                chosen, chosen_rate = share, rate
+                chosen, chosen_rate = parts, rate
         return chosen

@@ -79,3 +79,11 @@ def test_corrections_are_bounded_and_empty_steps_ignored():
     assert cost.decode_factor == 1.0
     cost.observe(DECODE, STAGE, 1e6)
     assert cost.decode_factor == 3.0
+
+
+def test_wrong_on_purpose_prompts_leave_the_rows_beside_them_as_slow_as_they_are():
+    truth = PerturbedCostModel(model=SecondsPerToken(), decode_factor=1.5, prefill_factor=0.5, noise=0.0, seed=0)
+    mixed = DECODE.plus_chunk(num_computed=0, num_new=21)
+    # Nine rows of a token each, and twenty tokens more.
+    assert truth.step_seconds(mixed, STAGE) == 1.5 * 9 + 0.5 * 20
+    assert truth.step_seconds(DECODE, STAGE) == 1.5 * 8
