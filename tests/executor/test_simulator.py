@@ -137,7 +137,7 @@ def test_messages_queue_on_a_slow_link():
 
 
 def _halved() -> dict:
-    return {"model": SecondsPerToken(), "decode_factor": 1, "prefill_factor": 0.25, "noise": 0, "seed": 0}
+    return {"model": SecondsPerToken(), "decode_factor": 0.25, "prefill_factor": 0.25, "noise": 0, "seed": 0}
 
 
 def test_a_plan_waits_for_the_tokens_that_it_needs():
