@@ -5,9 +5,14 @@ go home at the same time. Turning bytes into blocks is `kv/prefetch.py`'s.
 
 What a finished step says of the link, B being the bytes of the refill that it found under way:
 
-    it waited w for its window      the link took about compute + w for B             rate = B / (compute + w)
-    it did not wait, B was large    the link is at least that fast, perhaps faster    rate = a little more than now
+    B was large, it waited w        the link took about compute + w for B             rate = B / (compute + w)
+    B was large, it did not wait    the link is at least that fast, perhaps faster    rate = a little more than now
+    B was small, w was long         the link is much slower than believed             as in the first line
     B was small                     nothing
+
+Large is what the link, as it is believed to be, needs most of the step for. A few blocks come late for reasons of their
+own, such as a host that issued them late, and took a fraction of compute + w: as a rate that would be far too low, and
+small refills, which is what follows from it, would never say otherwise.
 """
 
 from __future__ import annotations
@@ -18,12 +23,13 @@ from statistics import median
 from pipemax.cost.hardware import HostLink
 from pipemax.plan import StageTiming
 
-# A refill below this share of the budget says nothing when nobody waited for it.
+# A refill below this share of the budget is a small one.
 _FULL_SHARE = 0.75
 # Each step without a wait asks for this much more.
 _RISE = 1.02
-# Waits shorter than this share of the step are noise.
+# Waits shorter than this share of the step are noise; beside a small refill it takes more for the link to be to blame.
 _WAIT_SHARE = 0.005
+_LONG_WAIT_SHARE = 0.2
 
 
 class LinkRate:
@@ -65,9 +71,13 @@ class LinkRate:
         if not refill_bytes or not step_seconds > 0:
             return
         expected_seconds = self._link.up_seconds(refill_bytes, home_bytes)
-        if timing.window_wait_seconds > _WAIT_SHARE * step_seconds:
+        wait_share = timing.window_wait_seconds / step_seconds
+        full_seconds = _FULL_SHARE * (1 - self._margin) * step_seconds
+        # A link that looks faster than the profile's may do so by mistake: waits count as if it were not.
+        may_be_late = expected_seconds >= full_seconds * min(1.0, self._factor)
+        if wait_share > (_WAIT_SHARE if may_be_late else _LONG_WAIT_SHARE):
             self._take(expected_seconds / step_seconds)
-        elif expected_seconds >= _FULL_SHARE * self._factor * (1 - self._margin) * step_seconds:
+        elif expected_seconds >= full_seconds * self._factor:
             self._take(self._factor * _RISE)
 
     def _take(self, factor: float) -> None:

@@ -300,9 +300,14 @@ class MemoryPressure:
         self._batch_absent[batch_id] += self._kv.tables[request.request_id].num_absent
 
     def board(self, request: RequestState, *, keep_free: int) -> None:
-        """Brings what the link has time for of a request that is too long to come back in one step."""
-        room = min(self._budget.left(self._refill_blocks), self._kv.device.num_free - keep_free)
+        """Brings what the link has time for of a request that is too long to come back in one step.
+
+        Who is further from running makes room: else a device full of others that wait would keep it waiting for good.
+        """
         absent = self._kv.tables[request.request_id].absent_blocks().tolist()
+        wanted = min(self._budget.left(self._refill_blocks), len(absent))
+        self._drop_leftovers(wanted + keep_free, sparing=request)
+        room = min(wanted, self._kv.device.num_free - keep_free)
         for block in absent[: max(0, room)]:
             self._promote(request, block)
             self._refill_blocks += 1

@@ -63,3 +63,28 @@ def test_budgets_settle_at_the_true_rate_of_the_link(true_rate):
 
     assert np.mean(moved[-50:]) == pytest.approx(100 * true_rate, rel=0.1)
     assert np.mean(waits[-50:]) < 3.0
+
+
+def test_a_few_blocks_that_come_late_say_nothing_of_the_rate():
+    """10 bytes need a quarter of the step; whatever held them up, it was not the link's rate."""
+    rate = LinkRate(link=LINK)
+    for _ in range(100):
+        rate.observe(timing(10.0, 0.2, 10))
+    assert rate.factor == 1.0
+
+
+def test_a_few_blocks_that_come_very_late_do():
+    rate = LinkRate(link=LINK)
+    for _ in range(100):
+        rate.observe(timing(10.0, 6.0, 16))
+    assert rate.factor == pytest.approx(0.25)
+
+
+def test_a_link_that_was_taken_for_too_fast_is_found_out_by_what_it_can_not_bring():
+    rate = LinkRate(link=LINK, window_steps=3)
+    for _ in range(40):
+        rate.observe(timing(10.0, 0.0, 100))  # no wait whatever comes
+    assert rate.factor > 1.4
+    for _ in range(10):
+        rate.observe(timing(10.0, 0.5, 42))  # far less than it was believed to bring, and late
+    assert rate.factor == pytest.approx(1.0)

@@ -80,6 +80,25 @@ def test_a_window_whose_copies_cost_more_than_its_rows_give_is_not_used():
     assert dear.output_tokens_per_second > 0.95 * none.output_tokens_per_second
 
 
+@pytest.mark.parametrize("link_factor", [0.02, 0.01])
+def test_long_requests_come_back_over_a_slow_link_past_others_that_wait_on_the_device(link_factor):
+    """More than a step's budget each, in several steps: whoever waits on the device makes room for them meanwhile."""
+
+    def run(factor: float):
+        base = server()
+        rates = {
+            name: factor * getattr(base.host_link, name)
+            for name in ("up_bytes_per_second", "down_bytes_per_second", "duplex_bytes_per_second")
+        }
+        machine = dataclasses.replace(base, host_link=dataclasses.replace(base.host_link, **rates))
+        lengths = tuple(RequestLengths(20 + 60 * (i % 7), 20 + 60 * (i % 13)) for i in range(150))
+        chosen = settings(num_window_blocks=0)
+        return simulate_pipeline(model=MODEL, server=machine, workload=lengths, settings=chosen)
+
+    usual, slow = run(1.0), run(link_factor)
+    assert slow.mean_decode_rows > 0.8 * usual.mean_decode_rows
+
+
 class NoTurns(Turns):
     def are_taken(self, *, num_waiting, num_ready, free_homes, growth_blocks):
         return False
