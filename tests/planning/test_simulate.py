@@ -72,7 +72,7 @@ def test_a_window_whose_copies_cost_more_than_its_rows_give_is_not_used():
         base = server()
         link = dataclasses.replace(base.host_link, compute_seconds_per_byte=copy_seconds_per_gb / 1e9)
         machine = dataclasses.replace(base, host_link=link)
-        return simulate_pipeline(model=MODEL, server=machine, workload=workload(1500), settings=settings(**changes))
+        return simulate_pipeline(model=MODEL, server=machine, workload=workload(3000), settings=settings(**changes))
 
     free, dear = run(0.0), run(0.2)
     none = run(0.2, num_window_blocks=0)
