@@ -306,7 +306,8 @@ class MemoryPressure:
         """
         absent = self._kv.tables[request.request_id].absent_blocks().tolist()
         wanted = min(self._budget.left(self._refill_blocks), len(absent))
-        self._drop_leftovers(wanted + keep_free, sparing=request)
+        if wanted:
+            self._drop_leftovers(wanted + keep_free, sparing=request)
         room = min(wanted, self._kv.device.num_free - keep_free)
         for block in absent[: max(0, room)]:
             self._promote(request, block)
