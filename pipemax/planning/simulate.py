@@ -69,7 +69,10 @@ class PipelineSettings:
 class Misestimate:
     """How the simulated machine differs from what the scheduler believes: true over estimated.
 
-    noise   standard deviation of the logarithm of a factor drawn for each step and stage, with `seed`
+    decode_factor    of steps of one token a row
+    prefill_factor   of what prompts add to such a step
+    link_factor      of the host link's rates
+    noise            standard deviation of the logarithm of a factor drawn for each step and stage, with `seed`
     """
 
     decode_factor: float = 1.0
